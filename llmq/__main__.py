@@ -1,0 +1,5 @@
+"""``python -m llmq``: the command line."""
+
+from llmq.cli.app import main
+
+main()

@@ -1,0 +1,87 @@
+"""The command line: one small file per verb, arguments in, results out, errors to exit codes.
+
+Results go to stdout, everything else to stderr. An error is one line and exit code 1, or 2 where the command could
+not be carried out as written; ``--debug`` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from llmq import __version__
+from llmq.cli.eval import eval_command
+from llmq.cli.generate import generate_command
+from llmq.cli.inspect import inspect_command
+from llmq.cli.quantize import quantize_command
+from llmq.cli.recipe import recipe_command
+from llmq.errors import LlmqError
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+app = typer.Typer(
+    name="llmq",
+    help="Make large language models four times smaller, and as good as before.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"llmq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Hold what is common to all verbs."""
+
+
+def _register(name: str, command: Callable[..., None]) -> None:
+    """Add `command` to the app, with ``--debug`` and errors turned into one line and an exit code."""
+
+    @wraps(command)
+    def run(debug: bool = False, **arguments: Any) -> None:
+        try:
+            command(**arguments)
+        except LlmqError as error:
+            if debug:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as interrupt:
+            typer.echo("interrupted; unfinished output has been removed", err=True)
+            raise typer.Exit(INTERRUPTED) from interrupt
+
+    option = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+    debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
+    signature = inspect.signature(command, eval_str=True)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), debug])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [*signature.parameters.values(), debug]}
+    app.command(name)(run)
+
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize_command,
+    "recipe": recipe_command,
+    "eval": eval_command,
+    "inspect": inspect_command,
+    "generate": generate_command,
+}
+
+for _name, _command in _COMMANDS.items():
+    _register(_name, _command)

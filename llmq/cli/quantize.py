@@ -1,0 +1,119 @@
+"""``llmq quantize``: a checkpoint in, a packed checkpoint out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import psutil
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Display
+
+from llmq.cli.models import DEVICE_HELP, parse_device
+from llmq.cli.options import takes_recipe
+from llmq.cli.tables import facts, human_bytes, show_json
+from llmq.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llmq.driver import Progress, Report
+
+
+@takes_recipe
+def quantize_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)],
+    recipe: Recipe,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint in the output folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Quantize a checkpoint into a packed one that llmq and other software load."""
+    where = parse_device(device)
+    from llmq.driver import quantize
+
+    console = Console(stderr=True, highlight=False)
+    console.print(facts([("model", model), ("output", output), *recipe.model_dump().items()]))
+    if recipe.calibration is None and recipe.method != "rtn":
+        console.print(
+            "calibrating on the small general text that ships with llmq; text like what the model will read is "
+            "better: --calibration FILE"
+        )
+    with _display(console) as progress:
+        report = quantize(model, output, recipe, device=where, force=force, progress=progress)
+    _warn(report, console)
+    if as_json:
+        show_json(report.to_dict())
+    else:
+        Console(highlight=False).print(facts(_summary(report, output)))
+
+
+@contextmanager
+def _display(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """Yield a callback that shows progress: a bar with time left and memory, and a line for each finished layer."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
+    )
+    process = psutil.Process()
+    with Display(*columns, console=console, transient=True) as display:
+        task = display.add_task("starting", total=None, memory="")
+
+        def show(event: Progress) -> None:
+            memory = f"{process.memory_info().rss / 2**30:.2f} GiB resident"
+            text = f"block {event.block + 1} of {event.blocks}, {event.phase}"
+            display.update(task, description=text, completed=event.done, total=event.total, memory=memory)
+            if event.layer is not None:
+                layer = event.layer
+                loss = "" if layer.relative_loss is None else f"  relative loss {layer.relative_loss:.2e}"
+                remedies = f"  ({'; '.join(layer.remedies)})" if layer.remedies else ""
+                console.print(f"{layer.name}  weight error {layer.weight_error:.4f}{loss}{remedies}", soft_wrap=True)
+
+        yield show
+
+
+def _warn(report: Report, console: Console) -> None:
+    """Name what deserves a second look."""
+    if report.calibration is not None:
+        tokens, widest = report.calibration["tokens"], max(layer.in_features for layer in report.layers)
+        if isinstance(tokens, int) and tokens < 4 * widest:
+            console.print(
+                f"warning: {tokens} calibration tokens for layers of {widest} inputs; use at least {4 * widest} "
+                "(--num-samples, --seq-len)"
+            )
+    lost = [layer.name for layer in report.layers if "round to nearest" in layer.remedies]
+    if lost:
+        console.print(f"warning: {len(lost)} layers were rounded to nearest for want of a usable Hessian: {lost}")
+    if report.files["left_out"]:
+        console.print(f"not copied: {', '.join(report.files['left_out'])}")
+
+
+def _summary(report: Report, output: Path) -> list[tuple[str, object]]:
+    """Return what a person wants to know at the end."""
+    before, after = report.bytes["source_tensors"], report.bytes["output_tensors"]
+    weights = sum(layer.out_features * layer.in_features for layer in report.layers)
+    bits = 8 * report.bytes["packed"] / weights
+    losses = [layer.relative_loss for layer in report.layers if layer.relative_loss is not None]
+    rows: list[tuple[str, object]] = [
+        ("packed layers", f"{len(report.layers)}, {bits:.2f} bits per weight"),
+        ("size", f"{human_bytes(before)} to {human_bytes(after)} ({before / after:.2f} times smaller)"),
+    ]
+    if losses:
+        rows.append(("relative loss", f"{sum(losses) / len(losses):.2e} on average, {max(losses):.2e} at most"))
+    rows += [
+        ("time", f"{sum(report.seconds.values()):.1f} s"),
+        ("peak memory", ", ".join(f"{human_bytes(v)} {k}" for k, v in report.peak_memory_bytes.items())),
+        ("written to", output),
+    ]
+    return rows

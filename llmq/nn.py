@@ -1,0 +1,155 @@
+"""`QuantLinear`: a linear layer whose weight stays packed.
+
+It has two states. As made, its buffers are the tensors of the checkpoint, under the checkpoint's names, so that a
+loader fills them like any others. `prepare_` hands them to the best kernel, which keeps the weight in an arrangement
+of its own; the checkpoint's tensors are gone from then on, and come back, exactly, whenever somebody saves, loads or
+moves the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq import ops
+from llmq.formats import FORMATS
+from llmq.types import QuantizedWeight, QuantSpec
+
+
+class QuantLinear(nn.Module):
+    """``y = x Wᵀ + b`` with W packed as `spec` says.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        spec: bits, groups and format of the weight.
+        bias: whether there is one, [N] of `dtype`.
+        dtype: dtype of the bias.
+        device: where the buffers are made; they are not initialized.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: QuantSpec,
+        *,
+        bias: bool,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        layout = FORMATS[spec.format].layout(spec, out_features, in_features)
+        for name, (shape, stored) in layout.items():
+            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        )
+        self.stored_names = tuple(layout)
+        self.kernel: str | None = None  # row of ops.KERNELS that holds the weight; None: the checkpoint's tensors do
+        self._dtype: torch.dtype | None = None  # of the activations that the kernel was chosen for
+
+    @property
+    def layer(self) -> ops.Layer:
+        """The layer as kernels see it."""
+        return ops.Layer(self.spec, self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output [..., N] for `x` [..., K]."""
+        if self.kernel is None or self._dtype != x.dtype:
+            self.prepare_(x.dtype)
+        assert self.kernel is not None
+        spec = self.spec
+        output: Tensor = ops.quant_matmul(
+            x,
+            self._packed(),
+            self.bias,
+            self.kernel,
+            spec.bits,
+            spec.group_size,
+            spec.symmetric,
+            spec.format,
+            self.out_features,
+        )
+        return output
+
+    @torch.no_grad()
+    def prepare_(self, dtype: torch.dtype) -> None:
+        """Arrange the weight for the best kernel on this device and activations of `dtype`."""
+        device = self.get_buffer(self.stored_names[0]).device if self.kernel is None else self._packed()[0].device
+        kernel = ops.choose(self.layer, device, dtype)
+        if kernel != self.kernel or (dtype != self._dtype and kernel != "reference"):
+            packed = ops.KERNELS[kernel].pack(self.weight(), self.layer, dtype)
+            self._drop(self.stored_names if self.kernel is None else self._packed_names())
+            for position, tensor in enumerate(packed):
+                self.register_buffer(f"packed_{position}", tensor, persistent=False)
+        self.kernel, self._dtype = kernel, dtype
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Take the weight back from the kernel: the buffers are the checkpoint's tensors again."""
+        if self.kernel is None:
+            return
+        stored = self._stored()
+        self._drop(self._packed_names())
+        self.kernel = self._dtype = None
+        for name, tensor in stored.items():
+            self.register_buffer(name, tensor)
+
+    def weight(self) -> QuantizedWeight:
+        """Return the weight on its grid."""
+        if self.kernel is None:
+            tensors = {name: self.get_buffer(name) for name in self.stored_names}
+            return FORMATS[self.spec.format].unpack(tensors, self.spec)
+        return ops.KERNELS[self.kernel].unpack(self._packed(), self.layer)
+
+    def extra_repr(self) -> str:
+        """Return sizes, bits and kernel for printing."""
+        spec = self.spec
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={spec.bits}, group_size={spec.group_size}, sym={spec.symmetric}, kernel={self.kernel}"
+        )
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Return the checkpoint's tensors, whoever holds the weight now."""
+        if self.kernel is None:
+            return {name: self.get_buffer(name) for name in self.stored_names}
+        return FORMATS[self.spec.format].pack(self.weight(), self.spec)
+
+    def _packed_names(self) -> tuple[str, ...]:
+        return tuple(name for name in self._buffers if name.startswith("packed_"))
+
+    def _packed(self) -> list[Tensor]:
+        return [self.get_buffer(name) for name in self._packed_names()]
+
+    def _drop(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            delattr(self, name)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
+        # a kernel's arrangement belongs to one kind of device, and no dtype of a packed weight may change:
+        # .half() or .to(dtype) are about the activations and the bias
+        self.restore_()
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+        for name, tensor in self._stored().items():
+            if name in self.stored_names:
+                destination[f"{prefix}{name}"] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore_()
+        super()._load_from_state_dict(*args, **kwargs)

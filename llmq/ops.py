@@ -1,0 +1,184 @@
+"""The one operator that multiplies by a packed weight, and the table of kernels behind it.
+
+``torch.ops.llmq.quant_matmul(x, packed, bias, kernel, …)`` runs row `kernel` of `KERNELS`. Each row stores a packed
+weight in its own arrangement, made once at load and exactly reversible, so that a model holds every weight once and
+can still be saved as it was read. Rows stand in order of preference; the last one runs everything, everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from llmq.errors import KernelError
+from llmq.formats import FORMATS
+from llmq.grids.uniform import UniformGrid
+from llmq.types import QuantizedWeight, QuantSpec
+
+
+class Layer(NamedTuple):
+    """A packed layer, as far as a kernel cares."""
+
+    spec: QuantSpec
+    out_features: int
+    in_features: int
+
+    @property
+    def group_size(self) -> int:
+        """Columns per group, the number of inputs where there is one group."""
+        return self.spec.group_columns(self.in_features)
+
+
+class Kernel(NamedTuple):
+    """One row of `KERNELS`; the docstring of each function's result says what it needs to."""
+
+    refuses: Callable[[Layer, torch.device, torch.dtype], str | None]  # why it cannot run the layer, or None
+    pack: Callable[[QuantizedWeight, Layer, torch.dtype], list[Tensor]]  # its arrangement of the weight
+    unpack: Callable[[list[Tensor], Layer], QuantizedWeight]  # the inverse
+    matmul: Callable[[Tensor, list[Tensor], Tensor | None, Layer], Tensor]  # x [M, K] -> [M, N]
+
+
+def choose(layer: Layer, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the name of the first kernel that runs `layer` on `device` with activations of `dtype`.
+
+    Raises:
+        KernelError: none does; says why each refused.
+    """
+    reasons = []
+    for name, kernel in KERNELS.items():
+        reason = kernel.refuses(layer, device, dtype)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise KernelError(f"no kernel runs {layer} on {device} in {dtype} ({'; '.join(reasons)})")
+
+
+@torch.library.custom_op("llmq::quant_matmul", mutates_args=())
+def quant_matmul(  # noqa: PLR0913  operators take plain values only
+    x: Tensor,
+    packed: list[Tensor],
+    bias: Tensor | None,
+    kernel: str,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    layout: str,
+    out_features: int,
+) -> Tensor:
+    """Return ``x @ Wᵀ + bias`` [..., N] for the weight that `packed` holds in the arrangement of row `kernel`.
+
+    `x` [..., K] of a float dtype; `bias` [N] or None; `layout` a name in `FORMATS`; the rest as in `QuantSpec`.
+    """
+    layer = Layer(QuantSpec(bits, group_size, symmetric, layout), out_features, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    return KERNELS[kernel].matmul(rows, packed, bias, layer).reshape(*x.shape[:-1], out_features)
+
+
+@quant_matmul.register_fake
+def _(  # noqa: PLR0913
+    x: Tensor,
+    packed: list[Tensor],
+    bias: Tensor | None,
+    kernel: str,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    layout: str,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _reference_matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
+    weight = _reference_unpack(packed, layer).dequantize().to(x.dtype)
+    return linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _reference_pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+    """The file's own tensors, without g_idx, which only says that groups are contiguous."""
+    tensors = FORMATS[layer.spec.format].pack(weight, layer.spec)
+    return [tensors[name] for name in ("qweight", "qzeros", "scales")]
+
+
+def _reference_unpack(packed: list[Tensor], layer: Layer) -> QuantizedWeight:
+    tensors = dict(zip(("qweight", "qzeros", "scales"), packed, strict=True))
+    return FORMATS[layer.spec.format].unpack(tensors, layer.spec)
+
+
+def _weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, layer: Layer) -> QuantizedWeight:
+    """Return a weight from what a kernel package unpacked; no zeros means that all are the middle code."""
+    if zeros is None:
+        zeros = torch.full_like(scales, 2 ** (layer.spec.bits - 1))
+    grid = UniformGrid(layer.spec.bits, layer.spec.symmetric)
+    return QuantizedWeight(codes, scales.float(), zeros.float(), grid, layer.group_size)
+
+
+def _cpu_int4_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+    from llmq_kernels import cpu
+
+    if device.type != "cpu":
+        return f"runs on a CPU, not on {device.type}"
+    return cpu.int4_refuses(layer.out_features, layer.in_features, layer.spec.bits, layer.group_size, dtype)
+
+
+def _cpu_int4_pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+    from llmq_kernels import cpu
+
+    return list(cpu.pack_int4(weight.codes, weight.scales, weight.zeros, layer.group_size))
+
+
+def _cpu_int4_unpack(packed: list[Tensor], layer: Layer) -> QuantizedWeight:
+    from llmq_kernels import cpu
+
+    n, k = layer.out_features, layer.in_features
+    return _weight(*cpu.unpack_int4(packed[0], packed[1], n, k, layer.group_size), layer)
+
+
+def _cpu_int4_matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
+    from llmq_kernels import cpu
+
+    n, k = layer.out_features, layer.in_features
+    return cpu.int4_matmul(x, packed[0], packed[1], bias, n, k, layer.group_size)
+
+
+def _cpu_int8_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+    from llmq_kernels import cpu
+
+    if device.type != "cpu":
+        return f"runs on a CPU, not on {device.type}"
+    if not layer.spec.symmetric:
+        return "needs a symmetric grid"
+    return cpu.int8_refuses(layer.out_features, layer.in_features, layer.spec.bits, layer.group_size, dtype)
+
+
+def _cpu_int8_pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+    from llmq_kernels import cpu
+
+    return list(cpu.pack_int8(weight.codes, weight.scales, weight.zeros))
+
+
+def _cpu_int8_unpack(packed: list[Tensor], layer: Layer) -> QuantizedWeight:
+    from llmq_kernels import cpu
+
+    return _weight(*cpu.unpack_int8(packed[0], packed[1]), layer)
+
+
+def _cpu_int8_matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
+    from llmq_kernels import cpu
+
+    return cpu.int8_matmul(x, packed[0], packed[1], bias, layer.out_features, layer.in_features)
+
+
+def _always(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+KERNELS: dict[str, Kernel] = {
+    "cpu_int4pack": Kernel(_cpu_int4_refuses, _cpu_int4_pack, _cpu_int4_unpack, _cpu_int4_matmul),
+    "cpu_int8pack": Kernel(_cpu_int8_refuses, _cpu_int8_pack, _cpu_int8_unpack, _cpu_int8_matmul),
+    "reference": Kernel(_always, _reference_pack, _reference_unpack, _reference_matmul),
+}

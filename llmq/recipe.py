@@ -1,0 +1,123 @@
+"""The recipe: what to do to a model. Read from YAML, printed as YAML, turned into command-line options.
+
+Where things are (the model, the output folder, the device) is not part of it, so the same recipe gives the same bytes
+anywhere. Every field is declared once, here, with its default and help; `llmq.cli` makes one option of each.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from llmq.errors import SpecError
+from llmq.types import QuantSpec
+
+
+class Recipe(BaseModel):
+    """What `llmq quantize` does; immutable, unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = Field("gptq", description="solver that picks the codes: gptq, or rtn (to nearest, no calibration)")
+    bits: int = Field(4, description="bits per weight: 2, 3, 4 or 8")
+    group_size: int = Field(128, description="columns that share a scale; -1 means one scale per output row")
+    sym: bool = Field(True, description="symmetric grid (every engine runs it) or one with zero points (more accurate)")
+    act_order: bool = Field(True, description="gptq: visit inputs by falling energy; groups stay contiguous")
+    damp_percent: float = Field(0.01, gt=0, le=1, description="gptq: share of the mean Hessian diagonal added to it")
+    calibration: str | None = Field(
+        None, description="text file, .jsonl with a text field, or dataset name; default: a text shipped with llmq"
+    )
+    num_samples: int | None = Field(
+        None, ge=1, description="calibration windows; default: 128, or what the shipped text holds"
+    )
+    seq_len: int = Field(512, ge=2, description="tokens per calibration window")
+    seed: int = Field(0, ge=0, description="seed of the choice of windows")
+    format: str = Field("gptq", description="packed layout: gptq (version 1 if symmetric, else 2) or gptq_v2")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the calibration forward pass; auto is the checkpoint's own"
+    )
+    shard_size: str = Field("4GB", description="largest size of one output file, e.g. 500MB, 4GB")
+    ignore: tuple[str, ...] = Field(
+        (), description="regular expression; linear layers whose name it finds stay dense (repeatable)"
+    )
+    max_fallback: float = Field(
+        0.05, ge=0, le=1, description="share of layers that may end rounded to nearest for want of a usable Hessian"
+    )
+
+    @field_validator("ignore")
+    @classmethod
+    def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return patterns
+
+    @field_validator("shard_size")
+    @classmethod
+    def _is_size(cls, size: str) -> str:
+        if parse_size(size) < 1:
+            raise ValueError("at least one byte")
+        return size
+
+    @property
+    def shard_bytes(self) -> int:
+        """`shard_size` in bytes."""
+        return parse_size(self.shard_size)
+
+    @property
+    def spec(self) -> QuantSpec:
+        """What packed layers look like under this recipe."""
+        packed = "gptq_v2" if self.format == "gptq" and not self.sym else self.format
+        return QuantSpec(self.bits, self.group_size, self.sym, packed)
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, every field written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes that `text` names, as in 4096, 500MB, 4GB (powers of 1000) or 2GiB (of 1024).
+
+    Raises:
+        ValueError: it names none.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write it as 500MB, 4GB or 2GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+
+
+def make_recipe(fields: dict[str, object]) -> Recipe:
+    """Return the recipe with these fields and defaults elsewhere.
+
+    Raises:
+        SpecError: an unknown field or a value that does not fit.
+    """
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        known = f"; fields are {', '.join(Recipe.model_fields)}" if first["type"] == "extra_forbidden" else ""
+        raise SpecError(f"recipe: {where}: {first['msg']} (got {first['input']!r}){known}") from error
+
+
+def read_recipe(path: str | Path) -> dict[str, object]:
+    """Return the fields that the YAML file `path` sets.
+
+    Raises:
+        SpecError: the file is missing, is not YAML, or does not hold a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"recipe {path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise SpecError(f"recipe {path}: holds {type(content).__name__}, expected fields such as 'bits: 4'")
+    return content

@@ -1,0 +1,200 @@
+"""Calibration activations on their way through the blocks.
+
+`Stream.start` runs everything before the first block and records, for every batch and block, what the model passes to
+the block besides the hidden states (masks, rotary tables, which differ between blocks of one model). From then on
+hidden states move block by block with `advance`, and the model around the blocks is never needed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.calibration import Calibration
+from llmq.errors import SpecError
+from llmq.families import Linear, Structure
+from llmq.hessian import HessianSum
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOKENS_PER_BATCH = 8192  # large enough for efficient products, small next to a block's weights
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linears that see the same input, hence share a Hessian, in the order in which they run."""
+
+    linears: list[Linear]
+    calls: int  # how often a forward pass of the block runs the first of them
+
+
+class _Enough(Exception):  # noqa: N818  not an error
+    """Ends a block's forward pass once the inputs that were wanted have passed."""
+
+
+class Stream:
+    """Hidden states of all calibration batches in front of one block, and the arguments of every block's call."""
+
+    def __init__(self) -> None:
+        self._hidden: list[Tensor] = []  # per batch [B, L, D]
+        self._valid: list[Tensor | None] = []  # per batch bool [B, L]; None where every token is valid
+        self._calls: list[list[_Call]] = []  # per batch, per block
+
+    @classmethod
+    def start(
+        cls, model: PreTrainedModel, structure: Structure, calibration: Calibration, device: torch.device
+    ) -> Stream:
+        """Return the stream in front of the first block; everything around the blocks must be loaded on `device`."""
+        stream = cls()
+        size = max(1, TOKENS_PER_BATCH // calibration.input_ids.shape[1])
+        masks = calibration.attention_mask
+        for start in range(0, calibration.input_ids.shape[0], size):
+            ids = calibration.input_ids[start : start + size].to(device)
+            valid = None if masks is None else masks[start : start + size].to(device)
+            hidden, calls = _record(model, structure, ids, valid)
+            if stream._calls:
+                calls = [_shared(new, old) for new, old in zip(calls, stream._calls[-1], strict=True)]
+            stream._hidden.append(hidden)
+            stream._valid.append(valid)
+            stream._calls.append(calls)
+        return stream
+
+    def stages(self, block: nn.Module, index: int, linears: list[Linear]) -> list[Stage]:
+        """Return the stages of block number `index`, observed on one sample.
+
+        Raises:
+            SpecError: a linear is never called, so that no Hessian can be had for it.
+        """
+        inputs: list[Tensor] = []  # kept alive, so that no two of them share an address
+        order: dict[str, list[int]] = {}  # linear -> position of its inputs
+
+        def observe(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                seen = next((i for i, x in enumerate(inputs) if _same(x, args[0])), len(inputs))
+                if seen == len(inputs):
+                    inputs.append(args[0])
+                order.setdefault(linear.name, []).append(seen)
+
+            return hook
+
+        with _hooked([(linear.module, observe(linear)) for linear in linears]):
+            self._run(block, index, 0)
+        for linear in linears:
+            if linear.name not in order:
+                raise SpecError(f"{linear.name}: never used in a forward pass; leave it out with --ignore")
+        by_input: dict[tuple[int, ...], list[Linear]] = {}
+        for name, seen in order.items():  # in the order of first use
+            by_input.setdefault(tuple(seen), []).append(next(x for x in linears if x.name == name))
+        return [Stage(members, calls=len(seen)) for seen, members in by_input.items()]
+
+    def hessian(self, block: nn.Module, index: int, stage: Stage) -> HessianSum:
+        """Return the sum of ``x xᵀ`` over the inputs of `stage` in block number `index`, for all batches."""
+        first = stage.linears[0]
+        total = HessianSum(first.shape[1], self._hidden[0].device)
+        for batch, valid in enumerate(self._valid):
+            left = stage.calls
+
+            def add(_: nn.Module, args: tuple[Tensor, ...], valid: Tensor | None = valid) -> None:
+                nonlocal left
+                total.add_(args[0], valid)
+                left -= 1
+                if left == 0:  # the rest of the block is of no interest
+                    raise _Enough
+
+            with _hooked([(first.module, add)]):
+                self._run(block, index, batch)
+        return total
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Move the hidden states of all batches through block number `index`."""
+        for batch in range(len(self._hidden)):
+            out = self._run(block, index, batch)
+            assert out is not None, "no hook ends this pass"
+            self._hidden[batch] = out
+
+    @torch.no_grad()
+    def _run(self, block: nn.Module, index: int, batch: int) -> Tensor | None:
+        """Return the block's output for one batch, or None if a hook ended the pass."""
+        call = self._calls[batch][index]
+        try:
+            out = block(self._hidden[batch], *call.args, **call.kwargs)
+        except _Enough:
+            return None
+        hidden = out[0] if isinstance(out, tuple) else out
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of one call of one block, without the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@torch.no_grad()
+def _record(
+    model: PreTrainedModel, structure: Structure, ids: Tensor, valid: Tensor | None
+) -> tuple[Tensor, list[_Call]]:
+    """Return what enters the first block, and the call of every block, with each block replaced by the identity."""
+    calls: list[_Call] = []
+    first: list[Tensor] = []
+
+    def identity(*args: Any, **kwargs: Any) -> Tensor:
+        if not args:
+            args = (kwargs.pop("hidden_states"),)
+        hidden: Tensor = args[0]
+        calls.append(_Call(args[1:], {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
+        first.append(hidden)
+        return hidden
+
+    for block in structure.blocks:
+        block.forward = identity
+    try:
+        model.base_model(input_ids=ids, attention_mask=None if valid is None else valid.long(), use_cache=False)
+    finally:
+        for block in structure.blocks:
+            del block.forward
+    if len(calls) != len(structure.blocks):
+        raise SpecError(
+            f"{type(model).__name__}: a forward pass calls {len(calls)} of the {len(structure.blocks)} blocks of "
+            f"{structure.blocks_name}; llmq handles models that call each block once, in order"
+        )
+    return first[0], calls
+
+
+def _shared(new: Any, old: Any) -> Any:
+    """Return `new` with every tensor that equals its counterpart in `old` replaced by it: one copy for all batches."""
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        same = new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
+        return old if same else new
+    if isinstance(new, _Call):
+        return _Call(_shared(new.args, old.args), _shared(new.kwargs, old.kwargs))
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return tuple(_shared(n, o) for n, o in zip(new, old, strict=True))
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: _shared(value, old.get(key)) for key, value in new.items()}
+    return new
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two live tensors are the same memory."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+@contextmanager
+def _hooked(hooks: list[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Register forward pre-hooks for the duration of the block."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
