@@ -9,6 +9,7 @@ moves the module.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class QuantLinear(nn.Module):
         out_features: N.
         spec: bits, groups and format of the weight.
         bias: whether there is one, [N] of `dtype`.
-        dtype: dtype of the bias.
+        dtype: dtype of the bias and of the activations that are expected.
         device: where the buffers are made; they are not initialized.
     """
 
@@ -49,6 +50,8 @@ class QuantLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
+        # Models ask their linears for weight.dtype or weight.device, and transformers initializes what it finds there
+        self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.stored_names = tuple(layout)
         self.kernel: str | None = None  # row of ops.KERNELS that holds the weight; None: the checkpoint's tensors do
         self._dtype: torch.dtype | None = None  # of the activations that the kernel was chosen for
@@ -83,8 +86,12 @@ class QuantLinear(nn.Module):
         device = self.get_buffer(self.stored_names[0]).device if self.kernel is None else self._packed()[0].device
         kernel = ops.choose(self.layer, device, dtype)
         if kernel != self.kernel or (dtype != self._dtype and kernel != "reference"):
-            packed = ops.KERNELS[kernel].pack(self.weight(), self.layer, dtype)
+            weight = self.quantized_weight()
+            packed = ops.KERNELS[kernel].pack(weight, self.layer, dtype)
             self._drop(self.stored_names if self.kernel is None else self._packed_names())
+            if kernel != "reference" and not torch.equal(weight.scales, weight.scales.to(dtype).float()):
+                # scales of a foreign file that the kernel had to round: kept for saving what was loaded
+                self.register_buffer("packed_exact_scales", weight.scales.half(), persistent=False)
             for position, tensor in enumerate(packed):
                 self.register_buffer(f"packed_{position}", tensor, persistent=False)
         self.kernel, self._dtype = kernel, dtype
@@ -100,12 +107,14 @@ class QuantLinear(nn.Module):
         for name, tensor in stored.items():
             self.register_buffer(name, tensor)
 
-    def weight(self) -> QuantizedWeight:
+    def quantized_weight(self) -> QuantizedWeight:
         """Return the weight on its grid."""
         if self.kernel is None:
             tensors = {name: self.get_buffer(name) for name in self.stored_names}
             return FORMATS[self.spec.format].unpack(tensors, self.spec)
-        return ops.KERNELS[self.kernel].unpack(self._packed(), self.layer)
+        weight = ops.KERNELS[self.kernel].unpack(self._packed(), self.layer)
+        exact = self._buffers.get("packed_exact_scales")
+        return weight if exact is None else replace(weight, scales=exact.float())
 
     def extra_repr(self) -> str:
         """Return sizes, bits and kernel for printing."""
@@ -119,13 +128,13 @@ class QuantLinear(nn.Module):
         """Return the checkpoint's tensors, whoever holds the weight now."""
         if self.kernel is None:
             return {name: self.get_buffer(name) for name in self.stored_names}
-        return FORMATS[self.spec.format].pack(self.weight(), self.spec)
+        return FORMATS[self.spec.format].pack(self.quantized_weight(), self.spec)
 
     def _packed_names(self) -> tuple[str, ...]:
         return tuple(name for name in self._buffers if name.startswith("packed_"))
 
     def _packed(self) -> list[Tensor]:
-        return [self.get_buffer(name) for name in self._packed_names()]
+        return [self.get_buffer(name) for name in self._packed_names() if name != "packed_exact_scales"]
 
     def _drop(self, names: tuple[str, ...]) -> None:
         for name in names:
@@ -138,6 +147,8 @@ class QuantLinear(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
+            if name == "weight":
+                continue
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)

@@ -8,6 +8,7 @@ can still be saved as it was read. Rows stand in order of preference; the last o
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -173,6 +174,41 @@ def _cpu_int8_matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer
     return cpu.int8_matmul(x, packed[0], packed[1], bias, layer.out_features, layer.in_features)
 
 
+def _triton(module: str) -> Kernel:
+    """Return the row of a Triton dequant-GEMM, `llmq_kernels.<module>`; Triton is imported when a GPU asks for it."""
+
+    def refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda":
+            return f"runs on an NVIDIA GPU, not on {device.type}"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "needs compute capability 8.0 or newer"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"{dtype} activations: tensor cores multiply float16 and bfloat16"
+        n, k, bits = layer.out_features, layer.in_features, layer.spec.bits
+        return _reason(import_module(module).refuses(n, k, bits, layer.group_size, dtype))
+
+    def pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+        zeros = None if layer.spec.symmetric else weight.zeros
+        packed = import_module(module).pack(weight.codes, weight.scales, zeros, layer.group_size, dtype)
+        return list(packed.tensors())
+
+    def unpack(packed: list[Tensor], layer: Layer) -> QuantizedWeight:
+        n, k = layer.out_features, layer.in_features
+        codes, scales, zeros = import_module(module).unpack(packed, n, k, layer.group_size)
+        return _weight(codes, scales, zeros, layer)
+
+    def matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
+        n, k = layer.out_features, layer.in_features
+        y: Tensor = import_module(module).matmul(x, packed, bias, n, k, layer.group_size)
+        return y
+
+    return Kernel(refuses, pack, unpack, matmul)
+
+
+def _reason(found: object) -> str | None:
+    return None if found is None else str(found)
+
+
 def _always(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
@@ -180,5 +216,7 @@ def _always(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | Non
 KERNELS: dict[str, Kernel] = {
     "cpu_int4pack": Kernel(_cpu_int4_refuses, _cpu_int4_pack, _cpu_int4_unpack, _cpu_int4_matmul),
     "cpu_int8pack": Kernel(_cpu_int8_refuses, _cpu_int8_pack, _cpu_int8_unpack, _cpu_int8_matmul),
+    "triton_w4a16": _triton("llmq_kernels.w4a16"),
+    "triton_w8a16": _triton("llmq_kernels.w8a16"),
     "reference": Kernel(_always, _reference_pack, _reference_unpack, _reference_matmul),
 }

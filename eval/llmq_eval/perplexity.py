@@ -1,6 +1,6 @@
 """Perplexity of one model on a text.
 
-Also a script: ``python eval/llmq_eval/perplexity.py DIR --text FILE [--seq-len 512] [--windows N] [--json]``.
+Also a script: ``python eval/llmq_eval/perplexity.py DIR --text FILE [--windows N] [--spread] [--json]``.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def _main(arguments: list[str]) -> int:
     parser.add_argument("dir", help="checkpoint folder")
     parser.add_argument("--text", required=True, help="UTF-8 text file")
     parser.add_argument("--seq-len", type=int, default=512, help="predictions per window (default 512)")
-    parser.add_argument("--windows", type=int, help="windows at most, spread evenly (default: as many as fit)")
+    parser.add_argument("--windows", type=int, help="windows at most (default: as many as fit)")
+    parser.add_argument("--spread", action="store_true", help="spread the windows evenly over the whole text")
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -147,7 +148,9 @@ def _main(arguments: list[str]) -> int:
     from llmq.hf import load
 
     CheckpointReader(a.dir)  # says what is wrong with the folder before transformers guesses
-    windows = read_windows(a.text, AutoTokenizer.from_pretrained(a.dir), seq_len=a.seq_len, windows=a.windows)
+    windows = read_windows(
+        a.text, AutoTokenizer.from_pretrained(a.dir), seq_len=a.seq_len, windows=a.windows, spread=a.spread
+    )
     result = perplexity(load(a.dir, dtype=getattr(torch, a.dtype), device=a.device), windows)
     line = f"perplexity {result.ppl:.4f} ({windows.count} windows of {windows.seq_len}, stride {windows.stride})"
     found = json.dumps({"protocol": windows.protocol(), **result.to_dict()}, indent=2) if a.json else line

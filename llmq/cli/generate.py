@@ -30,7 +30,7 @@ def generate_command(  # noqa: PLR0913  one parameter per option
     from llmq.hf import load
 
     where = parse_device(device)
-    precision = parse_dtype(dtype, where)
+    precision = None if dtype is None else parse_dtype(dtype, where)
     folder = CheckpointReader(resolve(directory)).path
     tokenizer = load_tokenizer(folder)
     inputs = tokenizer(prompt, return_tensors="pt")

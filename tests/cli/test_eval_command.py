@@ -31,7 +31,7 @@ def test_json_has_perplexities_divergence_and_protocol(
     invoke: Callable[..., Any], dense_folder: Callable[[int], Path], text_file: Path
 ) -> None:
     original, packed = dense_folder(0), dense_folder(1)
-    arguments = ("--text", text_file, "--seq-len", 40, "--windows", 5, "--json")
+    arguments = ("--text", text_file, "--seq-len", 40, "--windows", 5, "--spread", "--json")
     found = json.loads(invoke(eval_command, packed, "--against", original, *arguments).stdout)
     before, after = (brute_force(folder, text_file, 40, 5) for folder in (original, packed))
     p, q = before[..., :-1], after[..., :-1]
@@ -70,7 +70,7 @@ def test_a_model_against_itself_shows_no_loss(
     invoke: Callable[..., Any], dense_folder: Callable[[int], Path], text_file: Path
 ) -> None:
     folder = dense_folder(0)
-    arguments = ("--text", text_file, "--against", folder, "--seq-len", 40, "--windows", 3)
+    arguments = ("--text", text_file, "--against", folder, "--seq-len", 40, "--windows", 3, "--spread")
     result = invoke(eval_command, folder, *arguments)
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "KL per token, nats 0.00000 (0.00000 to 0.00000)" in lines

@@ -35,4 +35,4 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
 def windows() -> Windows:
     """Return four windows of 150 predictions, more than one block of rows, with gaps between them."""
     ids = torch.randint(VOCAB, (700,), generator=torch.Generator().manual_seed(5))
-    return cut_windows(ids, seq_len=150, windows=4)
+    return cut_windows(ids, seq_len=150, windows=4, spread=True)

@@ -146,7 +146,7 @@ def test_the_script_prints_what_the_function_returns(
 ) -> None:
     text = folder / "text.txt"
     text.write_text(" ".join(f"w{i}" for i in windows.ids.tolist()), encoding="utf-8")
-    arguments = (folder, "--text", text, "--seq-len", 150, "--windows", 4)
+    arguments = (folder, "--text", text, "--seq-len", 150, "--windows", 4, "--spread")
     assert run_script(monkeypatch, *arguments, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     expected = perplexity(tiny_llama(0), windows)

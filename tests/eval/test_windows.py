@@ -12,14 +12,14 @@ from llmq.errors import SpecError
 from llmq_eval.windows import cut_windows, read_windows
 
 
-@given(st.integers(2, 400), st.integers(1, 50), st.none() | st.integers(1, 12))
-def test_windows_are_spread_evenly_and_stay_inside(length: int, seq_len: int, wanted: int | None) -> None:
+@given(st.integers(2, 400), st.integers(1, 50), st.none() | st.integers(1, 12), st.booleans())
+def test_windows_stay_inside_and_never_overlap(length: int, seq_len: int, wanted: int | None, spread: bool) -> None:
     ids = torch.arange(length)
     if length < seq_len + 1:
         with pytest.raises(SpecError, match="too few"):
-            cut_windows(ids, seq_len=seq_len, windows=wanted)
+            cut_windows(ids, seq_len=seq_len, windows=wanted, spread=spread)
         return
-    found = cut_windows(ids, seq_len=seq_len, windows=wanted)
+    found = cut_windows(ids, seq_len=seq_len, windows=wanted, spread=spread)
     starts = [int(window[0]) for window in found]
     assert starts == [i * found.stride for i in range(found.count)]
     assert all(torch.equal(w, torch.arange(s, s + seq_len + 1)) for w, s in zip(found, starts, strict=True))
@@ -28,7 +28,10 @@ def test_windows_are_spread_evenly_and_stay_inside(length: int, seq_len: int, wa
     assert found.tokens == found.count * seq_len
     fit = (length - 1) // seq_len
     assert found.count == (fit if wanted is None else min(wanted, fit))
-    assert length - 1 - found.count * found.stride < found.count  # the whole text is covered
+    if spread:
+        assert length - 1 - found.count * found.stride < found.count  # the whole text is covered
+    else:
+        assert found.stride == seq_len
 
 
 def test_without_a_number_windows_touch_each_other() -> None:
@@ -60,7 +63,7 @@ def make_tokenizer(bos: bool) -> Any:
 def test_the_tokenizer_decides_about_bos_and_it_is_reported(tmp_path: Path, bos: bool) -> None:
     path = tmp_path / "text.txt"
     path.write_text(" ".join(f"w{i}" for i in range(1, 41)), encoding="utf-8")
-    found = read_windows(path, make_tokenizer(bos), seq_len=10, windows=2)
+    found = read_windows(path, make_tokenizer(bos), seq_len=10, windows=2, spread=True)
     assert next(iter(found)).tolist() == (list(range(11)) if bos else list(range(1, 12)))
     assert found.protocol() == {
         "text": str(path),
