@@ -1,8 +1,9 @@
 """Checkpoint folders: a lazy reader over sharded safetensors, and a writer whose output is whole or no checkpoint.
 
 The reader opens headers only and hands out single tensors; every way a folder can be wrong is found when it is
-opened, not hours later. The writer gathers tensors into shards under temporary names, and gives the folder its
-config.json last, in one rename: a folder without config.json is not a checkpoint, and every reader says so.
+opened, not hours later. The writer stages all files in a folder of its own inside the output, and moves them up when
+the last one is on the disk, config.json last: a folder without config.json is not a checkpoint, and every reader says
+so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +29,7 @@ from llmq.errors import CheckpointError
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PARTIAL = ".llmq-partial"  # suffix of every file that is not finished
+STAGING = "unfinished.llmq-partial"  # folder inside the output with everything that is not finished
 FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 
 _DTYPES = {
@@ -67,7 +69,7 @@ class CheckpointReader:
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: no such folder; give a checkpoint folder or a hub id like org/name")
         if not (self.path / CONFIG).is_file():
-            unfinished = any(self.path.glob(f"*{PARTIAL}"))
+            unfinished = (self.path / STAGING).is_dir()
             hint = "it holds an unfinished run: quantize again" if unfinished else "every checkpoint folder has one"
             raise CheckpointError(f"{self.path}: not a checkpoint, it has no {CONFIG}; {hint}")
         self.config: dict[str, Any] = _read_json(self.path / CONFIG)
@@ -139,12 +141,12 @@ class CheckpointWriter:
     """Writes a checkpoint folder shard by shard; use it as a context manager.
 
     Leaving the block by an exception, Ctrl-C included, removes what was written. After a kill the unfinished files
-    remain under names that end in ``.llmq-partial``, without config.json; the next writer removes them.
+    remain in the folder `STAGING`, and there is no config.json beside it; the next writer removes them.
 
     Args:
         path: folder to write, made if missing.
         shard_bytes: size limit of one file; a single larger tensor gets a file of its own.
-        force: replace the checkpoint that is there. It stays as it is until `finish`.
+        force: replace the checkpoint that is there. It stays as it is until every file of the new one is on the disk.
 
     Raises:
         CheckpointError: the folder holds something and `force` is not set, or cannot be written.
@@ -152,22 +154,22 @@ class CheckpointWriter:
 
     def __init__(self, path: str | Path, shard_bytes: int, *, force: bool = False) -> None:
         self.path = Path(path)
+        self._staging = self.path / STAGING
         self._shard_bytes = shard_bytes
-        self._made = not self.path.exists()
-        with _disk_errors(self.path):
-            if self.path.exists() and not self.path.is_dir():
-                raise CheckpointError(f"{self.path}: exists and is not a folder")
-            self.path.mkdir(parents=True, exist_ok=True)
-            for left in self.path.glob(f"*{PARTIAL}"):
-                left.unlink()
-            if any(self.path.iterdir()) and not force:
-                raise CheckpointError(f"{self.path}: exists and is not empty; choose another --output or pass --force")
-            probe = self.path / f"probe{PARTIAL}"
-            probe.write_bytes(b"")
-            probe.unlink()
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[dict[str, int]] = []  # per shard: tensor name -> bytes
+        self._placed: list[str] = []  # files that have been moved to where they belong
+        check_free(self.path, force=force)
+        self._made = not self.path.exists()
+        with _disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.rmtree(self._staging, ignore_errors=True)
+                self._staging.mkdir()
+            except BaseException:
+                self.abort()
+                raise
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -191,51 +193,64 @@ class CheckpointWriter:
             self._pending_bytes += tensor.nbytes
 
     def finish(self, config: Mapping[str, object], json_files: Mapping[str, object], copies: list[Path]) -> None:
-        """Write the last shard, index, `json_files` by name and `copies`, then config.json: now it is a checkpoint.
+        """Write the last shard, index, `json_files` by name, `copies` and config.json: now it is a checkpoint.
 
         Raises:
             CheckpointError: the disk does not take a file.
         """
         self._flush()
+        names = self._shard_names()
         with _disk_errors(self.path):
-            # an older checkpoint ends here: it has no config.json from now until the new one is complete
-            (self.path / CONFIG).unlink(missing_ok=True)
-            (self.path / INDEX).unlink(missing_ok=True)
-            for old in self.path.glob("*.safetensors"):
-                old.unlink()
-            names = self._shard_names()
             for position, name in enumerate(names):
-                os.replace(self._partial_shard(position), self.path / name)
+                os.replace(self._staged_shard(position), self._staging / name)
             for source in copies:
-                with self._replacing(source.name) as partial:
-                    shutil.copyfile(source, partial)
+                shutil.copyfile(source, self._staging / source.name)
+                _sync(self._staging / source.name)
             if len(names) > 1:
                 self._write_json(INDEX, self._index(names))
             for name, content in json_files.items():
                 self._write_json(name, content)
             self._write_json(CONFIG, config)
+            self._place()
 
     def abort(self) -> None:
-        """Remove everything unfinished, and the folder if this writer made it and nothing else is in it."""
+        """Remove everything that this writer wrote, and the folder if it made it and nothing else is in it."""
         self._pending = {}
-        for left in self.path.glob(f"*{PARTIAL}"):
-            left.unlink(missing_ok=True)
+        for name in reversed(self._placed):  # config.json first
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self._staging, ignore_errors=True)
         if self._made and self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
+
+    def _place(self) -> None:
+        """Move the staged files to where they belong: renames only, which no full disk can stop."""
+        # an older checkpoint ends here: it has no config.json from now until the new one is complete
+        (self.path / CONFIG).unlink(missing_ok=True)
+        (self.path / INDEX).unlink(missing_ok=True)
+        for old in self.path.glob("*.safetensors"):
+            old.unlink()
+        for name in sorted((file.name for file in self._staging.iterdir()), key=lambda name: (name == CONFIG, name)):
+            if name == CONFIG:
+                _sync(self.path)
+            self._placed.append(name)
+            os.replace(self._staging / name, self.path / name)
+        self._staging.rmdir()
+        _sync(self.path)
 
     def _flush(self) -> None:
         if not self._pending:
             return
-        partial = self._partial_shard(len(self._shards))
+        shard = self._staged_shard(len(self._shards))
         with _disk_errors(self.path):
-            save_file(self._pending, partial, metadata={"format": "pt"})
-            partial.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-            _sync(partial)
+            # by way of a nameless file beside it, which would outlive a kill anywhere but in the staging folder
+            save_file(self._pending, shard, metadata={"format": "pt"})
+            shard.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+            _sync(shard)
         self._shards.append({name: tensor.nbytes for name, tensor in self._pending.items()})
         self._pending, self._pending_bytes = {}, 0
 
-    def _partial_shard(self, position: int) -> Path:
-        return self.path / f"model-{position + 1:05d}.safetensors{PARTIAL}"
+    def _staged_shard(self, position: int) -> Path:
+        return self._staging / f"model-{position + 1:05d}.safetensors"
 
     def _shard_names(self) -> list[str]:
         count = len(self._shards)
@@ -247,17 +262,23 @@ class CheckpointWriter:
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
 
     def _write_json(self, name: str, content: object) -> None:
-        with self._replacing(name) as partial:
-            partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        file = self._staging / name
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _sync(file)
 
-    @contextmanager
-    def _replacing(self, name: str) -> Iterator[Path]:
-        """Yield a temporary path whose content becomes file `name` at once when the block ends well."""
-        partial = self.path / f"{name}{PARTIAL}"
-        yield partial
-        _sync(partial)
-        os.replace(partial, self.path / name)
-        _sync(self.path)
+
+def check_free(path: str | Path, *, force: bool = False) -> None:
+    """Check that a checkpoint may be written to folder `path`, without making or changing anything.
+
+    Raises:
+        CheckpointError: it is not a folder, or it holds something and `force` is not set.
+    """
+    path = Path(path)
+    with _disk_errors(path):
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path}: exists and is not a folder; choose another --output")
+        if not force and path.exists() and any(entry.name != STAGING for entry in path.iterdir()):
+            raise CheckpointError(f"{path}: exists and is not empty; choose another --output or pass --force")
 
 
 def resolve(model: str | Path) -> Path:
@@ -355,7 +376,11 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None)
-        full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in str(error)
-        advice = "the disk is full; make space or choose another --output" if full else "choose another --output"
+        number = re.search(r"os error (\d+)", str(error))  # how safetensors passes it on
+        code = int(number[1]) if number else getattr(error, "errno", None)
+        advice = "choose another --output"
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = "the disk is full; make space or choose another --output"
+        elif code in (errno.EROFS, errno.EACCES, errno.EPERM):
+            advice = "it is read-only, or belongs to somebody else; choose another --output"
         raise CheckpointError(f"{path}: cannot be written: {error}; {advice}") from error

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from llmq import environment
 from llmq.calibration import Calibration, load_calibration
-from llmq.checkpoint import CONFIG, FOREIGN_WEIGHTS, INDEX, CheckpointWriter
+from llmq.checkpoint import CONFIG, FOREIGN_WEIGHTS, INDEX, CheckpointReader, CheckpointWriter, check_free
 from llmq.errors import SolverError, SpecError
 from llmq.families import Linear
-from llmq.preflight import Job, check_disk, check_weights, prepare
+from llmq.preflight import Job, check_calibration, check_output, check_weights, prepare
 from llmq.recipe import Recipe
 from llmq.stream import Stage, Stream
 from llmq.types import QuantizedWeight, Solution
@@ -105,12 +105,13 @@ def quantize(
         LlmqError: see `llmq.errors`; nothing that looks like a checkpoint is left behind.
     """
     recipe = recipe or Recipe()
+    check_free(output, force=force)
     run = _Run(prepare(model, recipe), torch.device(device), progress)
-    check_disk(run.job, Path(output))
-    if run.job.solver.calibrated:
-        with run.timed("calibration"):
-            run.load_calibration(calibration)
     with CheckpointWriter(output, recipe.shard_bytes, force=force) as writer:
+        check_output(run.job, Path(output))
+        if run.job.solver.calibrated:
+            with run.timed("calibration"):
+                run.load_calibration(calibration)
         with run.timed("check"):
             check_weights(run.job, lambda name: run.tell("checking weights"))
         stream = run.start_stream()
@@ -163,6 +164,7 @@ class _Run:
             seq_len=recipe.seq_len,
             seed=recipe.seed,
         )
+        check_calibration(self.job, self.calibration)
         samples, seq_len = self.calibration.input_ids.shape
         self.report.calibration = {
             "source": self.calibration.source,
@@ -320,7 +322,7 @@ def _finish(run: _Run, writer: CheckpointWriter) -> None:
         "tensors": len(rest),
         "not_in_model": [key for key in rest if key not in known],
     }
-    copies, left_out = _side_files(job.source.path)
+    copies, left_out = _side_files(job.source)
     report.files = {"copied": [path.name for path in copies], "left_out": left_out}
     report.bytes = {
         "source_tensors": sum(job.source.info(key).nbytes for key in job.source),
@@ -345,13 +347,15 @@ def quantization_config(job: Job, stage_names: list[list[str]]) -> dict[str, obj
     return {**config, "true_sequential": job.solver.calibrated, "static_groups": True, "meta": made}
 
 
-def _side_files(source: Path) -> tuple[list[Path], list[str]]:
+def _side_files(source: CheckpointReader) -> tuple[list[Path], list[str]]:
     """Return the files to copy beside the weights, and the names of what is left out."""
+    written_anew = {CONFIG, INDEX, *(source.info(key).file for key in source)}
+    foreign = (*FOREIGN_WEIGHTS, ".safetensors", ".index.json")
     copies, left_out = [], []
-    for path in sorted(source.iterdir()):
-        if path.suffix == ".safetensors" or path.name in (CONFIG, INDEX, REPORT):
+    for path in sorted(source.path.iterdir()):
+        if path.name in written_anew:
             continue
-        if path.is_file() and path.suffix not in FOREIGN_WEIGHTS and not path.name.endswith(".index.json"):
+        if path.is_file() and not path.name.endswith(foreign) and path.name != REPORT:
             copies.append(path)
         else:
             left_out.append(path.name)
@@ -362,8 +366,8 @@ def _tokenizer(job: Job) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(job.source.path)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(job.source.path, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises Exception itself
         raise SpecError(
             f"{job.source.path}: has no usable tokenizer, which calibration text needs "
             f"({' '.join(str(error).split())[:200]}); add tokenizer.json, or use --method rtn"

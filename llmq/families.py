@@ -68,11 +68,12 @@ def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
     try:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    # ValueError: no such model; for sizes in config.json that do not fit each other there is no common class
+    except Exception as error:
         raise SpecError(
-            f"model type {config.model_type!r}: transformers has no causal language model of this type, "
-            "which is what llmq quantizes"
+            f"model type {config.model_type!r}: transformers makes no causal language model of this config.json, "
+            f"which is what llmq quantizes: {' '.join(str(error).split())[:200]}"
         ) from error
     model.eval()
     return model

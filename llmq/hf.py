@@ -31,6 +31,7 @@ from llmq.nn import QuantLinear
 from llmq.types import QuantSpec
 
 _METHOD = "gptq"
+_OPTIONAL = ("g_idx",)  # old files lack it
 _OWNED = ("qweight", "qzeros", "scales", "g_idx")  # local names that only packed layers have
 
 
@@ -139,17 +140,17 @@ class PackedQuantizer(HfQuantizer):
         packed = file_names(model, infos, packed_suffix=".qweight")
         spec = self.quantization_config.spec
         _check_headers(model, infos, packed, spec)
-        for weight_name in packed:
+        for weight_name, qweight in packed.items():
             name = weight_name.removesuffix(".weight")
             parent_name, _, local = name.rpartition(".")
             old = model.get_submodule(name)
             n, k = _linear_shape(old, name)
-            new = QuantLinear(k, n, spec, bias=old.bias is not None, dtype=dtype or torch.float32)
+            absent = [x for x in _OPTIONAL if f"{qweight.removesuffix('qweight')}{x}" not in infos]
+            new = QuantLinear(k, n, spec, bias=old.bias is not None, dtype=dtype or torch.float32, absent=absent)
             setattr(model.get_submodule(parent_name), local, new)
         missing = set(model.state_dict()) - set(file_names(model, infos)) - set(model.all_tied_weights_keys)
         optional = model._keys_to_ignore_on_load_missing or []
         missing = {name for name in missing if not any(re.search(pattern, name) for pattern in optional)}
-        missing = {name for name in missing if not name.endswith(".g_idx")}  # old files lack it
         if missing:
             where = _where(checkpoint_files)
             raise CheckpointError(f"{where}: tensor {min(missing)} is missing ({len(missing)} in all)")
@@ -179,7 +180,7 @@ def _check_headers(
         for local, (shape, dtype) in FORMATS[spec.format].layout(spec, n, k).items():
             key = prefix + local
             accounted.add(key)
-            if key not in infos and local == "g_idx":
+            if key not in infos and local in _OPTIONAL:
                 continue
             if key not in infos:
                 raise CheckpointError(f"packed tensor {key} is missing; the checkpoint is incomplete")

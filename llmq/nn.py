@@ -8,7 +8,7 @@ moves the module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ class QuantLinear(nn.Module):
         bias: whether there is one, [N] of `dtype`.
         dtype: dtype of the bias and of the activations that are expected.
         device: where the buffers are made; they are not initialized.
+        absent: optional tensors of the format that the file does not have.
     """
 
     def __init__(
@@ -41,10 +42,12 @@ class QuantLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "meta",
+        absent: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         layout = FORMATS[spec.format].layout(spec, out_features, in_features)
+        layout = {name: tensor for name, tensor in layout.items() if name not in absent}
         for name, (shape, stored) in layout.items():
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
         self.bias = (

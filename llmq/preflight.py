@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from llmq.calibration import Calibration
 from llmq.checkpoint import CheckpointReader, resolve
-from llmq.errors import CheckpointError, SolverError, SpecError
+from llmq.errors import CalibrationError, CheckpointError, SolverError, SpecError
 from llmq.families import Linear, Structure, find_structure, skeleton
 from llmq.formats import FORMATS, Format
 from llmq.grids import GRIDS
@@ -21,9 +23,10 @@ from llmq.solvers import SOLVERS, Solver
 from llmq.types import Grid, QuantSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _DISK_MARGIN = 2**20  # tokenizer, configuration, report
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -56,27 +59,18 @@ def prepare(model: str | Path, recipe: Recipe) -> Job:
         SpecError: the recipe does not fit the model, a method or a format.
         CheckpointError: the checkpoint is incomplete, or its tensors do not have the model's shapes.
     """
-    from transformers import AutoConfig
-
     spec = recipe.spec
     solver = _row(SOLVERS, recipe.method, "method")
     layout = _row(FORMATS, spec.format, "format")
-    refusal = layout.refuses(spec, 32, spec.group_columns(32))
-    if refusal or (recipe.group_size < 1 and recipe.group_size != -1):
-        raise SpecError(refusal or f"group_size is {recipe.group_size}; use a positive number, or -1 for one per row")
+    if recipe.group_size < 1 and recipe.group_size != -1:
+        raise SpecError(f"group_size is {recipe.group_size}; use a positive number, or -1 for one per row")
+    # a layer that every group size fits: what the format refuses here it refuses everywhere
+    if refusal := layout.refuses(spec, 32, 32 * spec.group_columns(32)):
+        raise SpecError(refusal)
     source = CheckpointReader(resolve(model))
-    if "quantization_config" in source.config:
-        method = source.config["quantization_config"].get("quant_method", "unknown")
-        raise SpecError(f"{source.path}: is already quantized (quant_method {method}); start from the original weights")
-    try:
-        config = AutoConfig.from_pretrained(source.path)
-    except (ValueError, OSError, KeyError) as error:
-        kind = source.config.get("model_type")
-        raise SpecError(
-            f"{source.path}: transformers does not know model type {kind!r}: {' '.join(str(error).split())[:200]}"
-        ) from error
+    _check_dense(source)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else _own_dtype(source)
-    net = skeleton(config, dtype)
+    net = skeleton(_model_config(source), dtype)
     structure = find_structure(net, recipe.ignore)
     names = file_names(net, source.keys())
     _check_complete(net, source, names)
@@ -90,13 +84,15 @@ def prepare(model: str | Path, recipe: Recipe) -> Job:
     return Job(source, recipe, spec, grid, solver, layout, net, structure, names, dtype, packed, packed + dense)
 
 
-def check_disk(job: Job, output: Path) -> None:
-    """Check that the output's disk has room.
+def check_output(job: Job, output: Path) -> None:
+    """Check that the output is not the source, and that its disk has room.
 
     Raises:
-        CheckpointError: it has not.
+        CheckpointError: it is, or it has not.
     """
     there = output.absolute()
+    if there.exists() and there.samefile(job.source.path):
+        raise CheckpointError(f"{output}: is the folder of the original weights; choose another --output")
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
@@ -107,8 +103,31 @@ def check_disk(job: Job, output: Path) -> None:
         )
 
 
+def check_calibration(job: Job, calibration: Calibration) -> None:
+    """Check that the model can be run on the windows of `calibration`.
+
+    Raises:
+        CalibrationError: they are longer than the model's positions, or hold tokens that it has no embedding for.
+    """
+    length = calibration.input_ids.shape[1]
+    limit = getattr(job.model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and length > limit:
+        raise CalibrationError(
+            f"{calibration.source}: calibration windows have {length} tokens, the model has {limit} positions; "
+            f"use --seq-len {limit} or less"
+        )
+    embeddings = job.model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    largest, rows = int(calibration.input_ids.max()), embeddings.shape[0]
+    if largest >= rows:
+        raise CalibrationError(
+            f"{job.source.path}: the tokenizer gives token {largest}, the model has embeddings for {rows} tokens; "
+            "the tokenizer belongs to another model"
+        )
+
+
 def check_weights(job: Job, report: Callable[[str], None]) -> None:
-    """Read every weight that will be packed once, looking for NaN, infinity and scales beyond float16.
+    """Read every parameter once, looking for NaN, infinity and, where it will be packed, scales beyond float16.
 
     Hours may lie between the first and the last weight; a damaged one is found in the first minute. `report` is told
     the name of each.
@@ -116,26 +135,61 @@ def check_weights(job: Job, report: Callable[[str], None]) -> None:
     Raises:
         SolverError: a weight is not finite or too large; CheckpointError: it cannot be read.
     """
-    for linear in job.linears:
-        report(linear.name)
-        weight = job.source.read(job.names[f"{linear.name}.weight"])
-        if not weight.is_floating_point():
-            raise SolverError(f"{linear.name}: weight has dtype {weight.dtype}; expected a float dtype")
+    packed = {f"{linear.name}.weight": linear for linear in job.linears}
+    for name, _ in job.model.named_parameters():
+        if name not in job.names:
+            continue
+        report(name)
+        weight = job.source.read(job.names[name])
         if not weight.isfinite().all():
             bad = int((~weight.isfinite()).sum())
             raise SolverError(
-                f"{linear.name}: {bad} of {weight.numel()} weights are NaN or infinite; the checkpoint is damaged"
+                f"{name}: {bad} of {weight.numel()} values are NaN or infinite; the checkpoint is damaged"
             )
-        try:
-            job.grid.fit(weight.T if linear.transposed else weight)
-        except SolverError as error:
-            raise SolverError(f"{linear.name}: {error}") from error
+        if name in packed:
+            _check_scales(job, packed[name], weight)
+
+
+def _check_scales(job: Job, linear: Linear, weight: Tensor) -> None:
+    weight = weight.T if linear.transposed else weight
+    try:
+        for columns in weight.split(job.spec.group_columns(weight.shape[1]), dim=1):
+            job.grid.fit(columns)
+    except SolverError as error:
+        raise SolverError(f"{linear.name}: {error}") from error
 
 
 def _row(table: dict[str, object] | dict[str, Solver] | dict[str, Format], name: str, what: str):  # type: ignore[no-untyped-def]
     if name not in table:
         raise SpecError(f"unknown {what} {name!r}; there are {', '.join(table)}")
     return table[name]
+
+
+def _check_dense(source: CheckpointReader) -> None:
+    """Check that no tensor of the checkpoint has been quantized before."""
+    configs = [source.config, source.config.get("text_config")]
+    found = [c["quantization_config"] for c in configs if isinstance(c, dict) and c.get("quantization_config")]
+    packed = [key for key in source if key.endswith(".qweight")]
+    if found or packed:
+        method = found[0].get("quant_method", "unknown") if found and isinstance(found[0], dict) else "unknown"
+        seen = f"quant_method {method}" if found else f"tensor {packed[0]}"
+        raise SpecError(f"{source.path}: is already quantized ({seen}); start from the original weights")
+
+
+def _model_config(source: CheckpointReader) -> PretrainedConfig:
+    """Return what transformers makes of config.json; code that a checkpoint brings along is never run."""
+    from transformers import AutoConfig
+
+    kind = source.config.get("model_type")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    # ValueError, KeyError: an unknown type; for wrong values in the file each model class has errors of its own
+    except Exception as error:
+        raise SpecError(
+            f"{source.path / 'config.json'}: transformers cannot use this configuration of model type {kind!r}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    return config
 
 
 def _own_dtype(source: CheckpointReader) -> torch.dtype:
@@ -156,6 +210,11 @@ def _check_complete(model: PreTrainedModel, source: CheckpointReader, names: dic
                 continue
             raise CheckpointError(f"{source.path}: tensor {name} is missing; the checkpoint is incomplete")
         info = source.info(names[name])
+        if tensor.is_floating_point() and info.dtype not in _WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{source.path / info.file}: tensor {names[name]} has dtype {info.dtype}; llmq quantizes weights in "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _WEIGHT_DTYPES)}"
+            )
         if info.shape != tuple(tensor.shape):
             raise CheckpointError(
                 f"{source.path / info.file}: tensor {names[name]} has shape {list(info.shape)}, "

@@ -21,8 +21,6 @@ from llmq.cli.quantize import quantize_command
 from llmq.cli.recipe import recipe_command
 from llmq.errors import LlmqError
 
-INTERRUPTED = 130  # what shells report for Ctrl-C
-
 app = typer.Typer(
     name="llmq",
     help="Make large language models four times smaller, and as good as before.",
@@ -51,6 +49,12 @@ def _root(
     """Hold what is common to all verbs."""
 
 
+def _ended(reason: object, exit_code: int) -> typer.Exit:
+    """Print `reason` on one line and return what ends the program with `exit_code`."""
+    typer.echo(f"error: {' '.join(str(reason).split())}", err=True)
+    return typer.Exit(exit_code)
+
+
 def _register(name: str, command: Callable[..., None]) -> None:
     """Add `command` to the app, with ``--debug`` and errors turned into one line and an exit code."""
 
@@ -61,11 +65,13 @@ def _register(name: str, command: Callable[..., None]) -> None:
         except LlmqError as error:
             if debug:
                 raise
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(error.exit_code) from error
+            raise _ended(error, error.exit_code) from error
+        except OSError as error:  # a file or folder that the system does not let llmq use
+            if debug:
+                raise
+            raise _ended(error, LlmqError.exit_code) from error
         except KeyboardInterrupt as interrupt:
-            typer.echo("interrupted; unfinished output has been removed", err=True)
-            raise typer.Exit(INTERRUPTED) from interrupt
+            raise _ended("interrupted; unfinished output has been removed", LlmqError.exit_code) from interrupt
 
     option = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
     debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
