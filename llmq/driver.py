@@ -320,6 +320,7 @@ def _finish(run: _Run, writer: CheckpointWriter) -> None:
     report.dense = {
         "ignored_linears": job.structure.ignored,
         "tensors": len(rest),
+        "not_in_files": [name for name in job.model.state_dict() if name not in job.names],  # tied, or of another head
         "not_in_model": [key for key in rest if key not in known],
     }
     copies, left_out = _side_files(job.source)

@@ -73,10 +73,11 @@ class Factor:
 def factorize(h: Tensor, damp_percent: float) -> Factor | None:
     """Return the upper factor R of the damped Hessian, climbing a bounded ladder of remedies.
 
-    λ = `damp_percent` · mean(diag H). R comes from one Cholesky of the matrix read backwards (METHODS 4.6, R-form),
-    after Jacobi scaling D^-½ H D^-½, which keeps one huge channel from costing the others their digits. Inputs that
-    never occur (H_jj = 0) get H_jj = 1: uncorrelated with everything, hence rounded to nearest. Rungs: float32,
-    float64, then damping ten times stronger each time, up to 1, always on the original diagonal.
+    λ = `damp_percent` · mean(diag H). R comes from one Cholesky of the matrix read backwards. Scaling the diagonal to
+    ones first is not needed: the error of a Cholesky factor is already relative to each channel (Higham, Accuracy and
+    Stability of Numerical Algorithms, theorem 10.3). Inputs that never occur (H_jj = 0) get H_jj = 1: uncorrelated
+    with everything, hence rounded to nearest. Rungs: float32, float64, then damping ten times stronger each time, up
+    to 1, always on the original diagonal.
 
     Args:
         h: float32 [K, K], symmetric up to rounding.
@@ -86,14 +87,18 @@ def factorize(h: Tensor, damp_percent: float) -> Factor | None:
         The factor, or None when no rung holds: `h` is not positive semidefinite.
 
     Raises:
-        SolverError: `h` holds NaN or infinity.
+        SolverError: `h` holds NaN or infinity, or `damp_percent` is out of range.
     """
+    if not 0 < damp_percent <= _MAX_DAMP:
+        raise SolverError(f"damp_percent is {damp_percent}; use a share of the mean diagonal above 0 and up to 1")
     if not h.isfinite().all():
         raise SolverError("the Hessian holds NaN or infinite entries")
     h = 0.5 * (h + h.T)
     diagonal = h.diagonal().clone()
+    if diagonal.min() < 0:
+        return None
     mean = diagonal.mean().item()
-    dead = diagonal <= 0
+    dead = diagonal == 0
     remedies: list[str] = []
     for damp, dtype in _rungs(damp_percent):
         if dtype == torch.float64:
@@ -117,10 +122,8 @@ def _rungs(damp_percent: float) -> list[tuple[float, torch.dtype]]:
 
 def _upper_factor(h: Tensor) -> Tensor | None:
     """Return upper triangular R with ``h = R Rᵀ``, or None where h is not positive definite in its precision."""
-    root = h.diagonal().sqrt()
-    scaled = h / root / root[:, None]
     lower: Tensor
-    lower, info = torch.linalg.cholesky_ex(scaled.flip(0, 1))
+    lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
     if info.item() or not lower.isfinite().all():
         return None
-    return lower.flip(0, 1) * root[:, None]
+    return lower.flip(0, 1)

@@ -35,7 +35,7 @@ class Recipe(BaseModel):
         None, ge=1, description="calibration windows; default: 128, or what the shipped text holds"
     )
     seq_len: int = Field(512, ge=2, description="tokens per calibration window")
-    seed: int = Field(0, ge=0, description="seed of the choice of windows")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the choice of windows")
     format: str = Field("gptq", description="packed layout: gptq (version 1 if symmetric, else 2) or gptq_v2")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the calibration forward pass; auto is the checkpoint's own"
@@ -86,7 +86,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: it names none.
     """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    match = re.fullmatch(r"\s*([0-9]+(?:[.][0-9]+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
     if match is None:
         raise ValueError(f"{text!r} is not a size; write it as 500MB, 4GB or 2GiB")
     base = 1024 if match[3] else 1000

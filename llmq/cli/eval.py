@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from llmq.cli.models import DEVICE_HELP, DTYPE_HELP, load_tokenizer, parse_device, parse_dtype
+from llmq.cli.models import DEVICE_HELP, DTYPE_HELP, load_model, load_tokenizer, parse_device, parse_dtype
 from llmq.cli.tables import facts, human_bytes, show, show_json, with_interval
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def eval_command(  # noqa: PLR0913  one parameter per option
         typer.Option(min=1, help="Windows at most, from the start of the text. Default: all.", show_default=False),
     ] = None,
     spread: Annotated[bool, typer.Option("--spread", help="Spread the windows evenly over the whole text.")] = False,
-    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP, show_default=False)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{DTYPE_HELP} Default: float32 on CPU, else its own.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
@@ -85,10 +87,9 @@ def _open(directory: str) -> _Folder:
 
 
 def _measure(folder: _Folder, windows: Windows, dtype: torch.dtype | None, device: torch.device) -> PerplexityResult:
-    from llmq.hf import load
     from llmq_eval.perplexity import perplexity
 
-    model = load(folder.path, dtype=dtype, device=str(device))
+    model = load_model(folder.path, dtype, device)
     with _progress(len(windows)) as advance:
         return perplexity(model, windows, advance=advance)
 
@@ -96,10 +97,9 @@ def _measure(folder: _Folder, windows: Windows, dtype: torch.dtype | None, devic
 def _compare(
     original: _Folder, packed: _Folder, windows: Windows, dtype: torch.dtype | None, device: torch.device
 ) -> DivergenceResult:
-    from llmq.hf import load
     from llmq_eval.divergence import divergence
 
-    models = [load(folder.path, dtype=dtype, device=str(device)) for folder in (original, packed)]
+    models = [load_model(folder.path, dtype, device) for folder in (original, packed)]
     with _progress(len(windows)) as advance:
         return divergence(models[0], models[1], windows, advance=advance)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmq.cli.models import DEVICE_HELP, DTYPE_HELP, load_tokenizer, parse_device, parse_dtype
+from llmq.cli.models import DEVICE_HELP, DTYPE_HELP, load_model, load_tokenizer, parse_device, parse_dtype
 from llmq.cli.tables import show_json
 from llmq.errors import SpecError
 
@@ -20,14 +20,15 @@ def generate_command(  # noqa: PLR0913  one parameter per option
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw; without effect at temperature 0.")] = 0,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP, show_default=False)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{DTYPE_HELP} Default: the checkpoint's own.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with prompt, text and tokens.")] = False,
 ) -> None:
     """Continue a text with a checkpoint, packed or dense, and print it."""
     import torch
 
     from llmq.checkpoint import CheckpointReader, resolve
-    from llmq.hf import load
 
     where = parse_device(device)
     precision = None if dtype is None else parse_dtype(dtype, where)
@@ -36,7 +37,7 @@ def generate_command(  # noqa: PLR0913  one parameter per option
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise SpecError("the prompt has no tokens; give at least one word")
-    model: Any = load(folder, dtype=precision, device=str(where))
+    model: Any = load_model(folder, precision, where)
     torch.manual_seed(seed)
     # A checkpoint's generation_config may set sampling options, which transformers warns about in a greedy
     # search.

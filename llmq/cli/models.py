@@ -9,10 +9,10 @@ from llmq.errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("float32", "float16", "bfloat16")
-DTYPE_HELP = "Dtype of activations: float32, float16 or bfloat16. Default: float32 on CPU, else the checkpoint's own."
+DTYPE_HELP = "Dtype of activations: float32, float16 or bfloat16."
 DEVICE_HELP = "Where to compute: cpu, cuda, cuda:1."
 
 
@@ -24,6 +24,8 @@ def parse_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise SpecError(f"--device {name}: no such device; write cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise SpecError(f"--device {name}: llmq computes on cpu or cuda")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
         raise SpecError(f"--device {name}: torch sees {count} CUDA devices here; use --device cpu")
@@ -44,6 +46,16 @@ def parse_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
         raise SpecError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
     found: torch.dtype = getattr(torch, name)
     return found
+
+
+def load_model(folder: Path, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """Return the model in `folder`, packed layers packed, without the progress bar that transformers shows."""
+    from transformers.utils import logging
+
+    from llmq.hf import load
+
+    logging.disable_progress_bar()
+    return load(folder, dtype=dtype, device=device)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -16,7 +16,6 @@ from rich.progress import Progress as Display
 from llmq.cli.models import DEVICE_HELP, parse_device
 from llmq.cli.options import takes_recipe
 from llmq.cli.tables import facts, human_bytes, show_json
-from llmq.errors import SpecError
 from llmq.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,8 +35,6 @@ def quantize_command(
 ) -> None:
     """Quantize a checkpoint into a packed one that llmq and other software load."""
     where = parse_device(device)
-    if where.type not in ("cpu", "cuda"):
-        raise SpecError(f"--device {device}: quantizing runs on cpu or cuda")
     from llmq.driver import quantize
 
     console = Console(stderr=True, highlight=False)

@@ -58,6 +58,8 @@ def pack(weight: QuantizedWeight, spec: QuantSpec) -> dict[str, Tensor]:
     zeros = weight.zeros.T - _stored_minus(spec)
     if zeros.min() < 0:
         raise SpecError("version 1 of the gptq format cannot store a zero of 0; use --format gptq_v2 or --sym")
+    if zeros.max() >= 2**spec.bits:
+        raise SpecError(f"a zero of {int(weight.zeros.max())} does not fit the {spec.bits} bits of a stored zero")
     scales = weight.scales.T.contiguous().half()
     if not torch.equal(scales.float(), weight.scales.T):
         raise SpecError("a scale is not exact in float16, the dtype of the gptq format")

@@ -2,9 +2,9 @@
 
 Asymmetric groups span [min(w, 0), max(w, 0)], so that 0 is a level and every zero is a code (Jacob et
 al. 2018, eq. 3). Symmetric groups have zero = 2^(bits-1) and are *full-range*: the entry of largest magnitude, with
-its sign, lands on the lowest code, which makes the scale negative where that entry is positive. Nothing is clipped
-then, as it is with ``scale = 2 max|w| / (2^bits - 1)``, and the format is the same (METHODS 1.2; Cheng et al.,
-"SignRound", use it too).
+its sign, lands on the lowest code, which makes the scale negative where that entry is positive. The entry that
+``scale = 2 max|w| / (2^bits - 1)`` would clip is then exact; one of nearly that size and the other sign is clipped by
+up to one step. The format is the same (Cheng et al., "SignRound", use it too).
 
 Scales carry eight significant bits, so that float16 (what files store) and bfloat16 (what some engines convert it
 to on loading) both hold them exactly: every engine multiplies by the very scale the codes were chosen with.

@@ -1,6 +1,6 @@
 """GPTQ: columns are rounded one after another, each correcting for the errors of those before it.
 
-Frantar et al. 2022 (arXiv 2210.17323) in the inverse-free form of METHODS 4.6. With ``H + λI = R Rᵀ``, R upper
+Frantar et al. 2022 (arXiv 2210.17323) in an inverse-free form. With ``H + λI = R Rᵀ``, R upper
 triangular, and E = W - Q the errors so far, column j is rounded at
 
     c_j = w_j + (Σ_{i<j} E_i R_ij) / R_jj ,

@@ -1,0 +1,235 @@
+"""Laws that every solver obeys, whatever its method."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from solver_cases import assert_same, assert_same_but_for_a_tie, correlated, losses
+from torch import Tensor
+
+from llmq.grids.uniform import UniformGrid
+from llmq.solvers import SOLVERS
+from llmq.solvers.rtn import rtn
+from llmq.types import Affine, Grid, Solution
+
+Solve = Callable[[Tensor, Tensor, Grid, int], Solution]
+
+# every solver with its defaults, and with each of its switches the other way
+ALL: dict[str, Solve] = {name: row.run for name, row in SOLVERS.items()}
+ALL |= {f"{n}-natural-order": partial(r.run, act_order=False) for n, r in SOLVERS.items() if "act_order" in r.options}
+every_solver = pytest.mark.parametrize("solve", ALL.values(), ids=ALL.keys())
+
+SYM4, ASYM3 = UniformGrid(4, symmetric=True), UniformGrid(3, symmetric=False)
+both_grids = pytest.mark.parametrize("grid", [SYM4, ASYM3], ids=["4-sym", "3-asym"])
+# K and group size: single columns, ragged last groups, no multiples of the leaf, one group per row
+SIZES = [
+    (1, 1),
+    (1, 32),
+    (31, 32),
+    (33, 32),
+    (33, 11),
+    (64, 1),
+    (100, 32),
+    (100, 100),
+    (160, 32),
+    (160, 128),
+    (160, 40),
+]
+every_size = pytest.mark.parametrize(("k", "group_size"), SIZES, ids=str)
+
+
+def diagonal(k: int, seed: int = 0) -> Tensor:
+    return torch.diag(torch.rand(k, generator=torch.Generator().manual_seed(seed)) * 3 + 0.01)
+
+
+@every_solver
+@both_grids
+@every_size
+def test_shapes_and_dtypes(solve: Solve, grid: Grid, k: int, group_size: int) -> None:
+    w, h = correlated(5, k)
+    found = solve(w, h, grid, group_size).weight
+    groups = -(-k // group_size)
+    assert (found.codes.dtype, found.scales.dtype, found.zeros.dtype) == (torch.uint8, torch.float32, torch.float32)
+    assert found.codes.shape == w.shape
+    assert found.scales.shape == found.zeros.shape == (5, groups)
+    assert (found.grid, found.group_size) == (grid, group_size)
+    assert found.codes.max() < 2**grid.bits
+    assert torch.equal(found.zeros, found.zeros.round())
+    assert ((found.zeros >= 0) & (found.zeros < 2**grid.bits)).all()
+    assert torch.equal(found.scales, found.scales.half().float())
+    assert found.dequantize().shape == w.shape
+
+
+@every_solver
+@every_size
+def test_dequantize_takes_each_column_from_its_group(solve: Solve, k: int, group_size: int) -> None:
+    w, h = correlated(5, k)
+    found = solve(w, h, ASYM3, group_size).weight
+    values = found.dequantize()
+    for j in range(k):
+        g = j // group_size
+        assert torch.equal(values[:, j], (found.codes[:, j].float() - found.zeros[:, g]) * found.scales[:, g])
+
+
+@every_solver
+@both_grids
+@every_size
+def test_equals_rtn_on_a_diagonal_hessian(solve: Solve, grid: Grid, k: int, group_size: int) -> None:
+    w, _ = correlated(6, k)
+    assert_same(solve(w, diagonal(k), grid, group_size).weight, rtn(w, None, grid, group_size).weight)
+    assert_same(solve(w, torch.eye(k), grid, group_size).weight, rtn(w, None, grid, group_size).weight)
+
+
+@every_solver
+def test_codes_are_those_of_the_stored_scales(solve: Solve) -> None:
+    # scales are rounded first and codes chosen after: with an uncorrelated H the codes are nearest to w
+    w, _ = correlated(6, 96)
+    found = solve(w, diagonal(96), SYM4, 32).weight
+    steps = (w - found.dequantize()).abs() / found.scales.abs().repeat_interleave(32, dim=1)
+    # full-range symmetric: inside the levels half a step (+ float32 ties); the far end of the other sign is clipped
+    inside = (found.codes > 0) & (found.codes < 15)
+    assert (steps[inside] <= 0.5 + 1e-6).all()
+    assert (steps <= 1.0 + 8 * 2.0**-8).all()
+
+
+@every_solver
+@both_grids
+@pytest.mark.parametrize("seed", range(3))
+def test_permuting_rows_permutes_the_answer(solve: Solve, grid: Grid, seed: int) -> None:
+    w, h = correlated(20, 100, seed)
+    rows = torch.randperm(20, generator=torch.Generator().manual_seed(seed))
+    a, b = solve(w, h, grid, 25).weight, solve(w[rows], h, grid, 25).weight
+    restored = type(a)(*(t[rows.argsort()] for t in (b.codes, b.scales, b.zeros)), b.grid, b.group_size)
+    assert_same_but_for_a_tie(a, restored)
+
+
+@every_solver
+@both_grids
+def test_stacked_layers_are_solved_as_if_alone(solve: Solve, grid: Grid) -> None:
+    w, h = correlated(24, 96, 4)
+    whole = solve(w, h, grid, 32).weight
+    parts = [solve(part, h, grid, 32).weight for part in w.split([7, 1, 16])]
+    joined = type(whole)(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")), grid, 32
+    )
+    assert_same_but_for_a_tie(whole, joined)
+
+
+@every_solver
+@both_grids
+@pytest.mark.parametrize("factor", [4.0**-20, 0.25, 4.0, 4.0**20], ids=str)
+def test_a_power_of_four_in_the_hessian_changes_nothing(solve: Solve, grid: Grid, factor: float) -> None:
+    # of four, so that square roots scale exactly too
+    w, h = correlated(16, 96, 5)
+    assert_same(solve(w, h, grid, 32).weight, solve(w, h * factor, grid, 32).weight)
+
+
+@every_solver
+@pytest.mark.parametrize("factor", [2.0, 1e-6, 3.7e4], ids=str)
+def test_the_scale_of_the_hessian_changes_nothing(solve: Solve, factor: float) -> None:
+    w, h = correlated(16, 96, 6)
+    assert_same_but_for_a_tie(solve(w, h, SYM4, 32).weight, solve(w, h * factor, SYM4, 32).weight)
+
+
+@every_solver
+@pytest.mark.parametrize(("grid", "factor"), [(SYM4, 0.25), (SYM4, -64.0), (ASYM3, 0.25), (ASYM3, 64.0)], ids=str)
+def test_a_power_of_two_in_the_weights_goes_to_the_scales(solve: Solve, grid: Grid, factor: float) -> None:
+    w, h = correlated(16, 96, 7)
+    a, b = solve(w, h, grid, 32).weight, solve(w * factor, h, grid, 32).weight
+    assert torch.equal(a.codes, b.codes)
+    assert torch.equal(a.scales * factor, b.scales)
+
+
+@every_solver
+@both_grids
+def test_correlated_inputs_cost_no_more_than_rounding_to_nearest(solve: Solve, grid: Grid) -> None:
+    # on average only: a greedy sweep can lose to rounding on a single problem
+    ratios = []
+    for seed in range(6):
+        w, h = correlated(16, 96, seed)
+        reference = losses(w, h, rtn(w, None, grid, 32).weight).sum()
+        ratios.append(losses(w, h, solve(w, h, grid, 32).weight).sum() / reference)
+    assert torch.stack(ratios).mean() <= 1.0
+
+
+@pytest.mark.parametrize("name", [name for name, row in SOLVERS.items() if row.calibrated])
+@both_grids
+def test_calibrated_solvers_gain_on_correlated_inputs(name: str, grid: Grid) -> None:
+    for seed in range(6):
+        w, h = correlated(16, 96, seed)
+        nearest = losses(w, h, rtn(w, None, grid, 32).weight).sum()
+        # gptq measures 0.56 to 0.65 with act_order; a solver without feedback has 1
+        assert losses(w, h, SOLVERS[name].run(w, h, grid, 32).weight).sum() < 0.9 * nearest
+
+
+@every_solver
+def test_two_runs_are_equal_and_arguments_untouched(solve: Solve) -> None:
+    w, h = correlated(16, 100, 8)
+    w_before, h_before = w.clone(), h.clone()
+    assert_same(solve(w, h, ASYM3, 32).weight, solve(w, h, ASYM3, 32).weight)
+    assert torch.equal(w, w_before)
+    assert torch.equal(h, h_before)
+
+
+@every_solver
+@both_grids
+def test_inputs_that_never_occur_are_rounded_to_nearest(solve: Solve, grid: Grid) -> None:
+    w, h = correlated(8, 96, 9)
+    dead = [0, 17, 63, 64, 95]
+    h[dead], h[:, dead] = 0.0, 0.0
+    solution = solve(w, h, grid, 32)
+    found = solution.weight
+    assert solution.remedies == ()
+    for j in dead:
+        at = Affine(found.scales[:, j // 32, None], found.zeros[:, j // 32, None])
+        assert torch.equal(found.codes[:, j, None], grid.encode(w[:, j, None], at))
+
+
+@every_solver
+def test_a_hessian_of_zeros_gives_rtn(solve: Solve) -> None:
+    w, _ = correlated(4, 40)
+    assert_same(solve(w, torch.zeros(40, 40), SYM4, 20).weight, rtn(w, None, SYM4, 20).weight)
+
+
+@every_solver
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_weights_are_solved_as_float32(solve: Solve, dtype: torch.dtype) -> None:
+    w, h = correlated(8, 96, 10)
+    assert_same(solve(w.to(dtype), h, ASYM3, 32).weight, solve(w.to(dtype).float(), h, ASYM3, 32).weight)
+
+
+@every_solver
+def test_layout_in_memory_does_not_matter(solve: Solve) -> None:
+    w, h = correlated(8, 96, 11)
+    assert_same(solve(w, h, SYM4, 32).weight, solve(w.T.contiguous().T, h, SYM4, 32).weight)
+
+
+@every_solver
+def test_weights_on_the_grid_are_kept(solve: Solve) -> None:
+    # decode codes by hand, solve, and expect them back, at no loss
+    draw = torch.Generator().manual_seed(12)
+    codes = torch.randint(0, 16, (8, 64), generator=draw)
+    codes[:, ::32] = 0  # the extreme of each group of 32, so that fit finds the same scale
+    scales = (torch.rand(8, 2, generator=draw) + 0.5).bfloat16().float().repeat_interleave(32, dim=1)
+    w = (codes - 8) * scales
+    found = solve(w, correlated(1, 64, 12)[1], SYM4, 32).weight
+    assert torch.equal(found.codes.long(), codes)
+    assert torch.equal(found.dequantize(), w)
+
+
+@every_solver
+def test_groups_of_zeros_stay_zero_on_a_diagonal_hessian(solve: Solve) -> None:
+    w, _ = correlated(4, 64)
+    w[:, 32:] = 0
+    assert not solve(w, diagonal(64), SYM4, 32).weight.dequantize()[:, 32:].any()
+
+
+def test_solvers_name_their_options_as_keyword_arguments() -> None:
+    from inspect import signature
+
+    for row in SOLVERS.values():
+        parameters: Any = signature(row.run).parameters
+        assert list(parameters)[:4] == ["w", "h", "grid", "group_size"]
+        assert [name for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY] == list(row.options)
