@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -180,9 +180,9 @@ class _Run:
             return None
         with self.timed("load"):
             prefix = f"{self.job.structure.blocks_name}."
-            around = self.job.model.base_model
-            outer = {name: around for name in _state_names(self.job.model, around) if not name.startswith(prefix)}
-            self._materialize(outer)
+            names = _state_names(self.job.model, self.job.model.base_model)
+            self._materialize(name for name in names if not name.startswith(prefix))
+            self._move_buffers(self.job.model.base_model)
         with self.timed("forward"):
             return Stream.start(self.job.model, self.job.structure, self.calibration, self.device)
 
@@ -190,10 +190,18 @@ class _Run:
         """Return block number `index` with its tensors on the device."""
         with self.timed("load"):
             name, block = self.job.structure.blocks_name, self.job.structure.blocks[index]
-            self._materialize({f"{name}.{index}.{key}": block for key in block.state_dict()})
+            self._materialize(f"{name}.{index}.{key}" for key in block.state_dict())
+            self._move_buffers(block)
         return block
 
-    def _materialize(self, names: Sequence[str] | dict[str, nn.Module]) -> None:
+    def _move_buffers(self, part: nn.Module) -> None:
+        """Bring what `part` computed instead of loading (rotary frequencies, scales of embeddings) to the device."""
+        for module in part.modules():
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(module, key, buffer.to(self.device))
+
+    def _materialize(self, names: Iterable[str]) -> None:
+        """Read the tensors of these names from the files into the model."""
         from accelerate.utils import set_module_tensor_to_device
 
         for name in names:
