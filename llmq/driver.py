@@ -25,6 +25,7 @@ from llmq.errors import SolverError, SpecError
 from llmq.families import Linear
 from llmq.preflight import Job, check_calibration, check_output, check_weights, prepare
 from llmq.recipe import Recipe
+from llmq.refine import refine
 from llmq.stream import Stage, Stream
 from llmq.types import QuantizedWeight, Solution
 
@@ -285,6 +286,10 @@ def _solve(run: _Run, stage: Stage, h: Tensor | None) -> list[Solution]:
         except SolverError as error:
             raise SolverError(f"{stage.linears[0].name}: {error}") from error
     whole = solved.weight
+    if h is not None and solved.damp_percent > 0:  # 0: the Hessian was unusable
+        with run.timed("refine"):
+            damped = h + solved.damp_percent * h.diagonal().mean() * torch.eye(len(h), device=h.device)
+            whole = refine(whole, weights, damped, job.recipe.refine_rounds)
     parts = zip(whole.codes.split(rows), whole.scales.split(rows), whole.zeros.split(rows), strict=True)
     return [
         Solution(QuantizedWeight(*part, whole.grid, whole.group_size), solved.damp_percent, solved.remedies)

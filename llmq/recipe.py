@@ -28,6 +28,12 @@ class Recipe(BaseModel):
     sym: bool = Field(True, description="symmetric grid (every engine runs it) or one with zero points (more accurate)")
     act_order: bool = Field(True, description="gptq: visit inputs by falling energy; groups stay contiguous")
     damp_percent: float = Field(0.01, gt=0, le=1, description="gptq: share of the mean Hessian diagonal added to it")
+    scale_search: bool = Field(
+        True, description="gptq: shrink each group's span as far as that lowers the weighted error"
+    )
+    refine_rounds: int = Field(
+        4, ge=0, description="gptq: rounds of refitting scales and re-deciding codes, each kept only if the loss falls"
+    )
     calibration: str | None = Field(
         None, description="text file, .jsonl with a text field, or dataset name; default: a text shipped with llmq"
     )

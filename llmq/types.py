@@ -34,8 +34,12 @@ class Grid(Protocol):
         """Whether every zero is the middle code, so that no zeros need to be stored."""
         ...
 
-    def fit(self, w: Tensor) -> Affine:
-        """Return the placement for the columns `w` [N, S] of one group."""
+    def fit(self, w: Tensor, weight: Tensor | None = None) -> Affine:
+        """Return the placement for the columns `w` [N, S] of one group; `weight` [S] says how much each matters."""
+        ...
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Return `scale` rounded to the nearest that files hold."""
         ...
 
     def encode(self, w: Tensor, at: Affine) -> Tensor:

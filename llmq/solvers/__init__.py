@@ -24,6 +24,6 @@ class Solver(NamedTuple):
 
 
 SOLVERS: dict[str, Solver] = {
-    "gptq": Solver(gptq, calibrated=True, options=("damp_percent", "act_order")),
+    "gptq": Solver(gptq, calibrated=True, options=("damp_percent", "act_order", "scale_search")),
     "rtn": Solver(rtn, calibrated=False, options=()),
 }

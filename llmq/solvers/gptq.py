@@ -40,6 +40,7 @@ class _Sweep:
     codes: Tensor  # uint8 [K, N]
     group_of: list[int]  # group of each column, in sweep order
     placements: list[Affine | None]  # per group; None until the sweep enters it
+    importance: Tensor | None  # R_jj² of each column in sweep order, for the scale search; None: no search
 
 
 def gptq(
@@ -50,6 +51,7 @@ def gptq(
     *,
     damp_percent: float = 0.01,
     act_order: bool = True,
+    scale_search: bool = False,
 ) -> Solution:
     """Return codes that minimize ``tr(E H Eᵀ)`` greedily, column by column.
 
@@ -63,6 +65,8 @@ def gptq(
         grid: what the columns of one group are rounded to.
         group_size: columns per group; a short last group is legal.
         damp_percent: share of the mean diagonal of `h` added to the diagonal.
+        scale_search: weigh the columns of a group by R_jj² when it is placed. That is what an error in column j still
+            costs after the columns behind it have made up for it as well as they can.
         act_order: visit inputs by falling energy H_jj.
 
     Returns:
@@ -89,14 +93,29 @@ def gptq(
         torch.empty_like(columns),
         torch.empty(k, n, dtype=torch.uint8, device=w.device),
         (order // group_size).tolist(),
-        [grid.fit(part) for part in w.split(group_size, dim=1)] if act_order else [None] * groups,
+        [None] * groups,
+        factor.r.diagonal().square() if scale_search else None,
     )
+    if act_order:
+        _place_all(sweep, w, order)
     _solve(sweep, 0, k)
     codes = torch.empty_like(sweep.codes)
     codes[order] = sweep.codes
     scales, zeros = (torch.cat(parts, dim=1) for parts in zip(*_placed(sweep), strict=True))
     weight = QuantizedWeight(codes.T.contiguous(), scales, zeros, grid, group_size)
     return Solution(weight, factor.damp_percent, factor.remedies)
+
+
+def _place_all(sweep: _Sweep, w: Tensor, order: Tensor) -> None:
+    """Place every group of `w` [N, K] before the sweep, which visits column ``order[i]`` as its i-th."""
+    importance = None
+    if sweep.importance is not None:
+        importance = torch.empty_like(sweep.importance)
+        importance[order] = sweep.importance
+    for group in range(len(sweep.placements)):
+        columns = slice(group * sweep.group_size, (group + 1) * sweep.group_size)
+        weight = None if importance is None else importance[columns]
+        sweep.placements[group] = sweep.grid.fit(w[:, columns], weight)
 
 
 def _placed(sweep: _Sweep) -> list[Affine]:
@@ -109,7 +128,8 @@ def _solve(sweep: _Sweep, lo: int, hi: int) -> None:
     size = sweep.group_size
     group = sweep.group_of[lo]
     if sweep.placements[group] is None and lo == group * size and hi == min(lo + size, len(sweep.group_of)):
-        sweep.placements[group] = sweep.grid.fit(_current(sweep, lo, hi).T)
+        importance = None if sweep.importance is None else sweep.importance[lo:hi]
+        sweep.placements[group] = sweep.grid.fit(_current(sweep, lo, hi).T, importance)
     if hi - lo <= min(_LEAF, size):
         _leaf(sweep, lo, hi)
         return

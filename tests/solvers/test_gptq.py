@@ -130,8 +130,11 @@ class Steps:
     symmetric: bool = True
     seen: list[Tensor] = field(default_factory=list)
 
-    def fit(self, w: Tensor) -> Affine:
+    def fit(self, w: Tensor, weight: Tensor | None = None) -> Affine:
         return Affine(torch.full((len(w), 1), self.step), torch.full((len(w), 1), 128.0))
+
+    def storable(self, scale: Tensor) -> Tensor:
+        return scale
 
     def encode(self, w: Tensor, at: Affine) -> Tensor:
         self.seen.append(w.clone())

@@ -1,0 +1,158 @@
+"""Laws that every refiner obeys, and `refine`, which takes them in turn."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from refine_cases import Problem, allowance, different_rows, losses, problem, problems, rows_of, same
+
+from llmq.refine import REFINERS, Refiner, refine
+from llmq.types import QuantizedWeight
+
+every_refiner = pytest.mark.parametrize("refiner", REFINERS.values(), ids=REFINERS.keys())
+both_signs = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+many, few = settings(max_examples=60), settings(max_examples=25)
+
+
+@every_refiner
+@many
+@given(case=problems())
+def test_no_row_gets_worse(refiner: Refiner, case: Problem) -> None:
+    q, w, h = case
+    found = refiner(q, w, h)
+    assert (losses(found, w, h) <= losses(q, w, h) + allowance(q, found, w, h)).all()
+
+
+@every_refiner
+@many
+@given(case=problems())
+def test_the_answer_is_on_the_grid_and_can_be_stored(refiner: Refiner, case: Problem) -> None:
+    q, w, h = case
+    found = refiner(q, w, h)
+    assert (found.codes.dtype, found.scales.dtype, found.zeros.dtype) == (torch.uint8, torch.float32, torch.float32)
+    assert found.codes.shape == q.codes.shape
+    assert found.codes.max() < 2**q.grid.bits
+    assert found.scales.shape == q.scales.shape
+    assert found.scales.isfinite().all()
+    assert found.scales.all()
+    assert torch.equal(found.scales, found.scales.half().float())
+    assert torch.equal(found.scales, found.scales.bfloat16().float())
+    assert torch.equal(found.zeros, q.zeros)
+    assert (found.grid, found.group_size) == (q.grid, q.group_size)
+
+
+@every_refiner
+@few
+@given(case=problems())
+def test_two_runs_are_equal_and_arguments_untouched(refiner: Refiner, case: Problem) -> None:
+    q, w, h = case
+    kept = [t.clone() for t in (q.codes, q.scales, q.zeros, w, h)]
+    assert same(refiner(q, w, h), refiner(q, w, h))
+    assert all(torch.equal(a, b) for a, b in zip(kept, (q.codes, q.scales, q.zeros, w, h), strict=True))
+
+
+@every_refiner
+@pytest.mark.parametrize("n", [1, 6])
+def test_layout_in_memory_does_not_matter(refiner: Refiner, n: int) -> None:
+    # codes that lie K-major are untouched as well
+    q, w, h = problem(n, 40, 16, 3, True, start="random", seed=7)
+    other = replace(q, codes=q.codes.T.contiguous().T)
+    kept = q.codes.clone()
+    found = refiner(other, w.T.contiguous().T, h)
+    assert torch.equal(other.codes, kept)
+    assert different_rows(found, refiner(q, w, h)) == 0
+
+
+@every_refiner
+@few
+@given(case=problems())
+def test_a_power_of_four_in_the_hessian_changes_nothing(refiner: Refiner, case: Problem) -> None:
+    q, w, h = case
+    for factor in (4.0**-10, 4.0, 4.0**10):
+        assert same(refiner(q, w, h), refiner(q, w, h * factor))
+
+
+@every_refiner
+@both_signs
+@pytest.mark.parametrize("seed", range(3))
+def test_permuting_rows_permutes_the_answer(refiner: Refiner, symmetric: bool, seed: int) -> None:
+    q, w, h = problem(20, 70, 16, 3, symmetric, start="random", seed=seed)
+    rows = torch.randperm(20, generator=torch.Generator().manual_seed(seed))
+    assert different_rows(rows_of(refiner(q, w, h), rows), refiner(rows_of(q, rows), w[rows], h)) <= 1
+
+
+@every_refiner
+@both_signs
+def test_rows_are_refined_as_if_alone(refiner: Refiner, symmetric: bool) -> None:
+    q, w, h = problem(12, 70, 16, 3, symmetric, start="random", seed=3)
+    whole = refiner(q, w, h)
+    alone = [refiner(rows_of(q, torch.tensor([i])), w[i : i + 1], h) for i in range(12)]
+    joined = replace(q, codes=torch.cat([a.codes for a in alone]), scales=torch.cat([a.scales for a in alone]))
+    assert different_rows(whole, joined) <= 1
+
+
+@every_refiner
+@both_signs
+@pytest.mark.parametrize("bits", [2, 3])
+def test_rounding_to_nearest_is_improved_on_correlated_inputs(refiner: Refiner, bits: int, symmetric: bool) -> None:
+    q, w, h = problem(24, 64, 16, bits, symmetric, seed=4)
+    # a refiner that does nothing has 1
+    assert losses(refiner(q, w, h), w, h).sum() < 0.98 * losses(q, w, h).sum()
+
+
+@every_refiner
+def test_a_weight_on_its_grid_is_kept(refiner: Refiner) -> None:
+    q, _, h = problem(6, 40, 16, 3, False, start="random", seed=5)
+    assert same(refiner(q, q.dequantize(), h), q)
+
+
+@few
+@given(case=problems())
+def test_no_rounds_return_the_input(case: Problem) -> None:
+    q, w, h = case
+    assert refine(q, w, h, 0) is q
+
+
+def one_round(q: QuantizedWeight, case: Problem) -> tuple[QuantizedWeight, torch.Tensor]:
+    """Return `q` after each refiner in turn, and what float32 may have added to the losses."""
+    _, w, h = case
+    allowed = torch.zeros(len(w), dtype=torch.float64)
+    for refiner in REFINERS.values():
+        after = refiner(q, w, h)
+        allowed += allowance(q, after, w, h)
+        q = after
+    return q, allowed
+
+
+@few
+@given(case=problems())
+def test_rounds_take_the_refiners_in_turn_and_never_raise_the_loss(case: Problem) -> None:
+    q, w, h = case
+    before = q
+    for rounds in range(1, 5):
+        expected, allowed = one_round(before, case)
+        found = refine(q, w, h, rounds)
+        assert same(found, expected)
+        assert (losses(found, w, h) <= losses(before, w, h) + allowed).all()
+        before = found
+
+
+@pytest.mark.parametrize("kind", ["full", "deficient", "dead", "none"])
+@both_signs
+def test_refine_stops_at_a_fixed_point(monkeypatch: pytest.MonkeyPatch, symmetric: bool, kind: str) -> None:
+    q, w, h = problem(4, 40, 16, 3, symmetric, kind, "random", seed=6)
+    calls = 0
+    descent = REFINERS["descent"]
+
+    def counted(q: QuantizedWeight, w: torch.Tensor, h: torch.Tensor) -> QuantizedWeight:
+        nonlocal calls
+        calls += 1
+        return descent(q, w, h)
+
+    monkeypatch.setitem(REFINERS, "descent", counted)
+    end = refine(q, w, h, 500)
+    assert calls < 100
+    calls = 0
+    assert same(refine(end, w, h, 500), end)
+    assert calls == 1
