@@ -130,7 +130,9 @@ class _Run:
         self.job = job
         self.device = device
         self.calibration: Calibration | None = None
-        self.packed: set[str] = set()  # names in the source's files that have been written in packed form
+        self.written: set[str] = (
+            set()
+        )  # names in the source's files whose tensors are in the output, packed or as they were
         self.stage_names: list[list[str]] = []  # within a block, for config.json
         self.block = 0
         self._progress = progress
@@ -245,9 +247,9 @@ def _quantize_block(run: _Run, index: int, stream: Stream | None, writer: Checkp
     with run.timed("write"):
         for key in block.state_dict():
             file_name = run.job.names.get(prefix + key)
-            if file_name is not None and file_name not in run.packed:
+            if file_name is not None and file_name not in run.written:
                 writer.add({file_name: run.job.source.read(file_name)})
-                run.packed.add(file_name)
+                run.written.add(file_name)
     if stream is not None:
         with run.timed("forward"):
             stream.advance(block, index)
@@ -267,7 +269,7 @@ def _quantize_stage(run: _Run, index: int, stage: Stage, stream: Stream | None, 
             packed = job.format.pack(solution.weight, job.spec)
             original = job.names[f"{linear.name}.weight"]
             writer.add({f"{original.removesuffix('weight')}{local}": tensor for local, tensor in packed.items()})
-            run.packed.add(original)
+            run.written.add(original)
         layer = _layer_report(linear, index, solution, h, (tokens, dropped))
         linear.weight.copy_(solution.weight.dequantize())
         run.report.layers.append(layer)
@@ -288,7 +290,8 @@ def _solve(run: _Run, stage: Stage, h: Tensor | None) -> list[Solution]:
     whole = solved.weight
     if h is not None and solved.damp_percent > 0:  # 0: the Hessian was unusable
         with run.timed("refine"):
-            damped = h + solved.damp_percent * h.diagonal().mean() * torch.eye(len(h), device=h.device)
+            damped = h.clone()  # H is K² numbers: no identity matrix beside it
+            damped.diagonal().add_(solved.damp_percent * h.diagonal().mean())
             whole = refine(whole, weights, damped, job.recipe.refine_rounds)
     parts = zip(whole.codes.split(rows), whole.scales.split(rows), whole.zeros.split(rows), strict=True)
     return [
@@ -326,13 +329,13 @@ def _finish(run: _Run, writer: CheckpointWriter) -> None:
     """Copy what was not packed, and close the output with its configuration and the report."""
     job, report = run.job, run.report
     with run.timed("write"):
-        rest = [key for key in job.source if key not in run.packed]
+        rest = [key for key in job.source if key not in run.written]
         for key in rest:
             writer.add({key: job.source.read(key)})
     known = set(job.names.values())
     report.dense = {
         "ignored_linears": job.structure.ignored,
-        "tensors": len(rest),
+        "tensors": len(job.source.keys()) - len(job.linears),
         "not_in_files": [name for name in job.model.state_dict() if name not in job.names],  # tied, or of another head
         "not_in_model": [key for key in rest if key not in known],
     }

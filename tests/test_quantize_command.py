@@ -270,6 +270,7 @@ def test_ignored_layers_stay_dense_and_are_listed(made: Path, tmp_path: Path) ->
     report = report_of(tmp_path / "out")
     assert sorted(report["dense"]["ignored_linears"]) == ignored
     assert len(report["layers"]) == 11
+    assert report["dense"]["tensors"] == len(source) - 11  # those inside the blocks included
     dynamic = CheckpointReader(tmp_path / "out").config["quantization_config"]["dynamic"]
     assert all(key.startswith("-:") and value == {} for key, value in dynamic.items())
     for name in (name.removesuffix(".weight") for name in source):
