@@ -54,6 +54,11 @@ class Structure:
     linears: list[list[Linear]]  # per block, in module order; what `ignore` matched is left out
     ignored: list[str]  # linears in the blocks that stay dense
 
+    @property
+    def all_linears(self) -> list[Linear]:
+        """All linears that will be packed, block by block."""
+        return [linear for block in self.linears for linear in block]
+
 
 def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Return the causal language model of a transformers `config` with all parameters on the meta device.

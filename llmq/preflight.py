@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from llmq.types import Grid, QuantSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+_Row = TypeVar("_Row")
 
 _DISK_MARGIN = 2**20  # tokenizer, configuration, report
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +51,7 @@ class Job:
     @property
     def linears(self) -> list[Linear]:
         """All linears that will be packed, block by block."""
-        return [linear for block in self.structure.linears for linear in block]
+        return self.structure.all_linears
 
 
 def prepare(model: str | Path, recipe: Recipe) -> Job:
@@ -74,9 +76,9 @@ def prepare(model: str | Path, recipe: Recipe) -> Job:
     structure = find_structure(net, recipe.ignore)
     names = file_names(net, source.keys())
     _check_complete(net, source, names)
-    for linear in (x for block in structure.linears for x in block):
+    linears = structure.all_linears
+    for linear in linears:
         _check_size(linear, spec, layout)
-    linears = [linear for block in structure.linears for linear in block]
     packed = sum(_packed_bytes(linear, spec, layout) for linear in linears)
     replaced = {names[f"{linear.name}.weight"] for linear in linears}
     dense = sum(source.info(key).nbytes for key in source if key not in replaced)
@@ -159,7 +161,8 @@ def _check_scales(job: Job, linear: Linear, weight: Tensor) -> None:
         raise SolverError(f"{linear.name}: {error}") from error
 
 
-def _row(table: dict[str, object] | dict[str, Solver] | dict[str, Format], name: str, what: str):  # type: ignore[no-untyped-def]
+def _row(table: Mapping[str, _Row], name: str, what: str) -> _Row:
+    """Return row `name` of a registry; `what` it registers is named in the error."""
     if name not in table:
         raise SpecError(f"unknown {what} {name!r}; there are {', '.join(table)}")
     return table[name]
