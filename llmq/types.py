@@ -34,8 +34,11 @@ class Grid(Protocol):
         """Whether every zero is the middle code, so that no zeros need to be stored."""
         ...
 
-    def fit(self, w: Tensor, weight: Tensor | None = None) -> Affine:
-        """Return the placement for the columns `w` [N, S] of one group; `weight` [S] says how much each matters."""
+    def fit(self, w: Tensor, weight: Tensor | None = None, *, norm: float = 2.0) -> Affine:
+        """Return the placement for the columns `w` [N, S] of one group.
+
+        Without `weight` it spans the group; with `weight` [S] it lowers ``Σ_j weight_j |w_j - ŵ_j|^norm`` of each row.
+        """
         ...
 
     def storable(self, scale: Tensor) -> Tensor:
@@ -44,6 +47,10 @@ class Grid(Protocol):
 
     def encode(self, w: Tensor, at: Affine) -> Tensor:
         """Return the uint8 codes [N, S] of the level nearest to each entry of `w` [N, S]."""
+        ...
+
+    def nearest(self, w: Tensor, at: Affine) -> Tensor:
+        """Return the level nearest to each entry of `w`, ``decode(encode(w, at), at)``; any shapes that broadcast."""
         ...
 
     def decode(self, codes: Tensor, at: Affine) -> Tensor:

@@ -11,6 +11,6 @@ from collections.abc import Callable
 from llmq.grids.uniform import UniformGrid
 from llmq.types import Grid
 
-GRIDS: dict[str, Callable[[int, bool], Grid]] = {  # name -> grid of (bits, symmetric)
+GRIDS: dict[str, Callable[..., Grid]] = {  # name -> grid of (bits, symmetric) and options of its own
     "uniform": UniformGrid,
 }

@@ -1,10 +1,15 @@
 """The uniform grid: equally spaced levels, ``w = (code - zero) * scale`` with codes 0 … 2^bits - 1.
 
 Asymmetric groups span [min(w, 0), max(w, 0)], so that 0 is a level and every zero is a code (Jacob et
-al. 2018, eq. 3). Symmetric groups have zero = 2^(bits-1) and are *full-range*: the entry of largest magnitude, with
-its sign, lands on the lowest code, which makes the scale negative where that entry is positive. The entry that
-``scale = 2 max|w| / (2^bits - 1)`` would clip is then exact; one of nearly that size and the other sign is clipped by
-up to one step. The format is the same (Cheng et al., "SignRound", use it too).
+al. 2018, eq. 3). Symmetric groups have zero P = 2^(bits-1); formats and kernels do not see which of three ranges they
+follow, with A = max|w|:
+
+- *full*: the entry of largest magnitude, with its sign, lands on the lowest code: ``scale = ∓A / P``, negative where
+  that entry is positive. It is exact; one of nearly that size and the other sign is clipped by up to one step (Cheng et
+  al., "SignRound", arXiv 2309.05516, use it too). The most accurate of the three.
+- *gptq*: ``scale = 2A / (2^bits - 1)``, as the GPTQ code of Frantar et al. has it, save that groups without negative
+  entries are no exception here (there, all above 7/15 A is lost at 4 bits). A and -A are half a step off the levels.
+- *restricted*: ``scale = A / (P - 1)``, code 0 unused: A and -A are both levels, and int8 dot products cannot overflow.
 
 Scales carry eight significant bits, so that float16 (what files store) and bfloat16 (what some engines convert it
 to on loading) both hold them exactly: every engine multiplies by the very scale the codes were chosen with.
@@ -13,6 +18,7 @@ to on loading) both hold them exactly: every engine multiplies by the very scale
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,8 +31,11 @@ from llmq.types import Affine
 MIN_SCALE = 2.0**-17
 MAX_SCALE = 65280.0
 
+SymRange = Literal["full", "gptq", "restricted"]
+
 _SHRINK = 0.02  # of the span, per step of the search
 _SHRINK_STEPS = 35
+_CHUNK = 2**16  # weights that are searched together: three buffers of them stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -35,20 +44,24 @@ class UniformGrid:
 
     bits: int
     symmetric: bool
+    sym_range: SymRange = "full"  # of symmetric groups; asymmetric ones have no choice
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise SpecError(f"uniform grid: bits is {self.bits}; use 2 to 8")
+        if self.sym_range not in get_args(SymRange):
+            raise SpecError(f"uniform grid: sym_range is {self.sym_range!r}; use {', '.join(get_args(SymRange))}")
 
-    def fit(self, w: Tensor, weight: Tensor | None = None) -> Affine:
+    def fit(self, w: Tensor, weight: Tensor | None = None, *, norm: float = 2.0) -> Affine:
         """Return the placement for the columns `w` [N, S] of one group.
 
         It spans the group, unless `weight` is given: then the span is shrunk towards 0 as far as that lowers the
-        weighted error ``Σ_j weight_j (w_j - ŵ_j)²`` of the row, in steps of 2 % of it.
+        weighted error ``Σ_j weight_j |w_j - ŵ_j|^norm`` of the row, in steps of 2 % of it.
 
         Args:
             w: real weights, any float dtype.
             weight: importance of each column, [S], not negative.
+            norm: power of the error that `weight` weighs; above 2 it spares the large entries.
 
         Returns:
             float32 scale [N, 1] (storable, never 0; of either sign if symmetric) and zero [N, 1].
@@ -57,37 +70,57 @@ class UniformGrid:
             SolverError: a scale beyond what float16 holds.
         """
         w = w.float()
-        lo, hi = (m.unsqueeze(1) for m in torch.aminmax(w, dim=1))
-        best = self._span(lo, hi)
+        lo, hi = torch.aminmax(w, dim=1)
         if weight is None:
-            return best
-        least = self._error(w, best, weight)
-        for step in range(1, _SHRINK_STEPS):
-            tried = self._span(*(m * (1 - _SHRINK * step) for m in (lo, hi)))
-            error = self._error(w, tried, weight)
-            better = error < least
-            least = torch.where(better, error, least)
-            best = Affine(*(torch.where(better[:, None], new, old) for new, old in zip(tried, best, strict=True)))
-        return best
+            return self._span(lo[:, None], hi[:, None])
+        spans = torch.tensor([1 - _SHRINK * step for step in range(_SHRINK_STEPS)], device=w.device)[:, None]
+        tried = self._span(lo * spans, hi * spans)  # [spans, N]
+        rows = max(1, _CHUNK // w.shape[1])
+        errors = [
+            self._errors(part, Affine(*(t[:, start : start + rows] for t in tried)), weight, norm)
+            for start, part in zip(range(0, len(w), rows), w.split(rows), strict=True)
+        ]
+        best = torch.cat(errors, dim=1).argmin(dim=0, keepdim=True)  # the first, hence widest, of equals
+        return Affine(*(t.gather(0, best).T for t in tried))
 
-    def _error(self, w: Tensor, at: Affine, weight: Tensor) -> Tensor:
-        """Return the weighted squared error of each row, [N]."""
-        return (self.decode(self.encode(w, at), at) - w).square() @ weight
+    def _errors(self, w: Tensor, tried: Affine, weight: Tensor, norm: float) -> Tensor:
+        """Return the weighted errors [spans, N] of `w` [N, S] under each of the placements `tried` [spans, N]."""
+        negative, error = -w, torch.empty_like(w)
+        errors = torch.empty_like(tried.scale)
+        for scale, zero, out in zip(tried.scale[:, :, None], tried.zero[:, :, None], errors, strict=True):
+            # `nearest` in place; clamping at [-zero, top - zero] in one operation is slower than these three
+            torch.div(w, scale, out=error).round_().add_(zero).clamp_(self.lowest, 2**self.bits - 1).sub_(zero)
+            torch.addcmul(negative, error, scale, out=error)
+            powers = error.square_() if norm == 2 else error.abs_().pow_(norm)
+            torch.mv(powers, weight, out=out)
+        return errors
 
     def _span(self, lo: Tensor, hi: Tensor) -> Affine:
-        """Return the placement for groups with these extremes, [N, 1] each."""
+        """Return the placement for groups with these extremes, of any one shape."""
         if self.symmetric:
             half = 2 ** (self.bits - 1)
             # ties take the negative extreme, hence a positive scale
             extreme = torch.where(-lo >= hi, lo, hi)
-            return Affine(self.storable(extreme / -half), torch.full_like(extreme, half))
+            steps = {"full": -half, "gptq": (2**self.bits - 1) / 2, "restricted": half - 1}[self.sym_range]
+            scale = (extreme if self.sym_range == "full" else extreme.abs()) / steps
+            return Affine(self.storable(scale), torch.full_like(extreme, half))
         lo, hi, top = lo.clamp(max=0), hi.clamp(min=0), 2**self.bits - 1
         scale = self.storable((hi - lo) / top)
         return Affine(scale, torch.round(-lo / scale).clamp_(0, top))
 
+    @property
+    def lowest(self) -> int:
+        """The lowest code in use."""
+        return int(self.symmetric and self.sym_range == "restricted")
+
     def encode(self, w: Tensor, at: Affine) -> Tensor:
         """Return uint8 codes [N, S] of the levels nearest to `w` [N, S]; ties go to the even code."""
-        return (torch.round(w / at.scale) + at.zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
+        return (torch.round(w / at.scale) + at.zero).clamp_(self.lowest, 2**self.bits - 1).to(torch.uint8)
+
+    def nearest(self, w: Tensor, at: Affine) -> Tensor:
+        """Return ``decode(encode(w, at), at)``, float32 of the shape of `w`, without the codes in between."""
+        steps = torch.div(w, at.scale).round_().add_(at.zero)
+        return steps.clamp_(self.lowest, 2**self.bits - 1).sub_(at.zero).mul_(at.scale)
 
     def decode(self, codes: Tensor, at: Affine) -> Tensor:
         """Return the float32 values [N, S] of uint8 `codes` [N, S]."""

@@ -9,7 +9,9 @@ from descent_reference import U, gradient_error
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmq.descent import begin
 from llmq.grids.uniform import UniformGrid
+from llmq.refine import Refiner
 from llmq.solvers.rtn import rtn
 from llmq.types import QuantizedWeight
 
@@ -57,6 +59,11 @@ def problems(**fixed: Any) -> st.SearchStrategy[Problem]:
         "seed": st.integers(0, 10**6),
     }
     return st.builds(problem, **(free | {name: st.just(value) for name, value in fixed.items()}))
+
+
+def run(refiner: Refiner, q: QuantizedWeight, w: Tensor, h: Tensor) -> QuantizedWeight:
+    """Return what `refiner` makes of `q`."""
+    return refiner(begin(q, w, h)).weight()
 
 
 def losses(q: QuantizedWeight, w: Tensor, h: Tensor) -> Tensor:

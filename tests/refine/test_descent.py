@@ -1,6 +1,5 @@
 """Coordinate descent against a slow reference in float64 and against brute force."""
 
-import importlib
 from dataclasses import replace
 
 import pytest
@@ -9,11 +8,9 @@ from descent_reference import U, gradient_error, one_pass
 from hypothesis import given, settings
 from refine_cases import Problem, different_rows, losses, problem, problems, same
 
-from llmq.refine.descent import descent
+from llmq import descent as descent_module
+from llmq.descent import descend
 from llmq.types import Affine, QuantizedWeight
-
-# the package gives its name to the function, so that the module is found only by importing it
-descent_module = importlib.import_module("llmq.refine.descent")
 
 both_signs = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 both_starts = pytest.mark.parametrize("start", ["rtn", "random"])
@@ -37,7 +34,7 @@ def test_one_pass_is_that_of_the_reference(
     q, w, h = problem(24, k, group_size, bits, symmetric, kind, start, seed=k)
     expected = one_pass(q.codes, q.scales, q.zeros, group_size, bits, w, h)
     assert expected.clear.float().mean() > 0.5, "too few rows are clear of ties to tell anything"
-    found = descent(q, w, h)
+    found = descend(q, w, h)
     assert torch.equal(found.codes[expected.clear].double(), expected.codes[expected.clear])
     assert torch.equal(found.scales, q.scales)
 
@@ -47,12 +44,12 @@ def test_one_pass_is_that_of_the_reference(
 def test_any_pass_is_that_of_the_reference(case: Problem) -> None:
     q, w, h = case
     expected = one_pass(q.codes, q.scales, q.zeros, q.group_size, q.grid.bits, w, h)
-    assert torch.equal(descent(q, w, h).codes[expected.clear].double(), expected.codes[expected.clear])
+    assert torch.equal(descend(q, w, h).codes[expected.clear].double(), expected.codes[expected.clear])
 
 
 def converged(q: QuantizedWeight, w: torch.Tensor, h: torch.Tensor) -> QuantizedWeight:
     for _ in range(100):
-        after = descent(q, w, h)
+        after = descend(q, w, h)
         if same(after, q):
             return q
         q = after
@@ -90,9 +87,9 @@ def test_where_the_pass_is_split_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, k: int, group_size: int, leaf: int, symmetric: bool
 ) -> None:
     q, w, h = problem(12, k, group_size, 3, symmetric, start="random", seed=1)
-    usual = descent(q, w, h)
+    usual = descend(q, w, h)
     monkeypatch.setattr(descent_module, "_LEAF", leaf)
-    assert different_rows(usual, descent(q, w, h)) <= 1
+    assert different_rows(usual, descend(q, w, h)) <= 1
 
 
 @both_signs
@@ -100,7 +97,7 @@ def test_inputs_without_energy_keep_their_codes(symmetric: bool) -> None:
     q, w, h = problem(8, 70, 16, 3, symmetric, start="random", seed=2)
     dead = [0, 15, 16, 40, 69]
     h[dead], h[:, dead] = 0.0, 0.0
-    found = descent(q, w, h)
+    found = descend(q, w, h)
     assert torch.equal(found.codes[:, dead], q.codes[:, dead])
     assert not torch.equal(found.codes, q.codes)
 
@@ -108,7 +105,7 @@ def test_inputs_without_energy_keep_their_codes(symmetric: bool) -> None:
 @both_signs
 def test_a_diagonal_hessian_gives_the_nearest_codes_in_one_pass(symmetric: bool) -> None:
     q, w, _ = problem(8, 70, 16, 3, symmetric, start="random", seed=3)
-    found = descent(q, w, torch.diag(torch.arange(1.0, 71.0)))
+    found = descend(q, w, torch.diag(torch.arange(1.0, 71.0)))
     expected = [
         q.grid.encode(w[:, 16 * g : 16 * g + 16], Affine(q.scales[:, g : g + 1], q.zeros[:, g : g + 1]))
         for g in range(5)
@@ -121,4 +118,4 @@ def test_a_tie_changes_nothing() -> None:
     for code in (4, 5):
         q, _, _ = problem(1, 1, 1, 3, True)
         q = replace(q, codes=torch.tensor([[code]], dtype=torch.uint8), scales=torch.ones(1, 1))
-        assert descent(q, torch.tensor([[0.5]]), torch.eye(1)).codes.item() == code
+        assert descend(q, torch.tensor([[0.5]]), torch.eye(1)).codes.item() == code
