@@ -3,9 +3,9 @@
     python scripts/sass_report.py [--sample] [--json] [--arch 80 90] [--only TEXT]
 
 Triton's wheel brings ptxas and cuobjdump, so this runs anywhere. One line per compiled kernel; exit code 1
-if any spills registers, needs more shared memory than the GPU allows, uses no tensor cores, loads weights
-in pieces below 64 bits, or converts codes to floats one by one. Instruction counts say nothing about
-stalls: a GPU has the last word on speed, not on these.
+if any spills registers, needs more shared memory than the GPU allows, or converts codes to floats one by one; if a
+matrix product uses no tensor cores or loads weights in pieces below 64 bits; or if GPTQ's column loop has lost its
+exact division or rounding. Instruction counts say nothing about stalls: a GPU has the last word on speed, not on these.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ COUNTED = {
     "mma": r"\b(?:HMMA|HGMMA)\.",
     "i2f": r"\bI2F",
     "wide_copies": r"\bLDG(?:STS)?\.E\S*\.(?:64|128)\b",
+    # Only a division that rounds correctly has a subroutine, for what is near the ends of the exponent's range.
+    "calls": r"\bCALL\.",
+    # 1.5 * 2**23, added and subtracted: see llmq_kernels.gptq_block.
+    "rounders": r"\bFADD\S* .*\b-?12582912\b",
 }
 
 # K and group size of what is compiled: each kind of group, and columns that end inside a step of the loop.
@@ -71,6 +75,8 @@ class Report:
     mma_count: int
     i2f: int
     wide_copies: int  # loads of 64 or 128 bits from global memory
+    calls: int  # of subroutines: exact divisions
+    rounders: int  # additions that round to whole numbers
     instructions: int
     faults: list[str]
 
@@ -104,6 +110,9 @@ SAMPLE = {
     Variant("w4a16", 80, "fp16", "ragged", True, 3),
     Variant("w8a16", 90, "bf16", "ragged", False, 3),
 }
+
+# Rows of the table of gptq_block, and the first one again for a single weight.
+BLOCKS = ((0, False), (1, False), (2, False), (0, True))
 
 
 def compile_variant(variant: Variant) -> Report:
@@ -152,6 +161,35 @@ def compile_sum(arch: int) -> Report:
     return report
 
 
+def compile_block(arch: int, row: int, single: bool) -> Report:
+    """Return what the column loop of GPTQ compiles to with a row of its table, or with it for a `single` weight.
+
+    For that one every integer is compiled in, as type and value.
+    """
+    from llmq_kernels import gptq_block
+
+    tile, kernel = gptq_block.CONFIGS[row], gptq_block.gptq_block_kernel
+    # A factor as Cholesky leaves it has contiguous columns.
+    constants = {"LOWEST": 0.0, "HIGHEST": 15.0, "BLOCK_B": tile.block_b, "BLOCK_N": tile.block_n, "stride_ri": 1}
+    if single:
+        constants |= {n: 1 for n in kernel.arg_names if n in ("B", "N") or n.startswith("stride_")}
+    pointers = {f"{letter}_ptr": "*fp32" for letter in "wyrsze"} | {"g_ptr": "*i64", "c_ptr": "*u8"}
+    options = {"num_warps": tile.num_warps, **gptq_block.COMPILE_OPTIONS}
+    shape = f"{tile.block_n}x{tile.block_b} w{tile.num_warps}"
+    report = compile_kernel(block_name(arch, row, single), shape, kernel, constants, pointers, arch, options)
+    report.faults.extend(faults(report, arch))
+    if report.calls < 2:
+        report.faults.append("a division is not correctly rounded")
+    if report.rounders < 2:
+        report.faults.append("rounding optimized away")
+    return report
+
+
+def block_name(arch: int, row: int, single: bool) -> str:
+    """Return the name of the line of `compile_block`."""
+    return f"gptq_block sm_{arch} {'single ' if single else ''}#{row}"
+
+
 def compile_kernel(
     name: str,
     tile: str,
@@ -189,6 +227,8 @@ def compile_kernel(
         mma_count=counts["mma"],
         i2f=counts["i2f"],
         wide_copies=counts["wide_copies"],
+        calls=counts["calls"],
+        rounders=counts["rounders"],
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", sass, re.MULTILINE)),
         faults=[],
     )
@@ -229,7 +269,9 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = [v for v in variants(arguments.sample) if v.arch in arguments.arch and arguments.only in str(v)]
     sums = [arch for arch in arguments.arch if arguments.only in f"add_splits sm_{arch}"]
-    if not chosen and not sums:
+    every_block = [(arch, row, single) for arch in arguments.arch for row, single in BLOCKS]
+    blocks = [block for block in every_block if arguments.only in block_name(*block)]
+    if not chosen and not sums and not blocks:
         parser.error(f"no variant of this name: {arguments.only}")
 
     # Both before Triton is imported, which is why the functions above import it themselves.
@@ -241,7 +283,7 @@ def main() -> int:
         os.environ["TRITON_CACHE_DIR"] = cache
         if not arguments.json:
             print(f"{'kernel':34} {'tile':15} regs stack shared mma{'':11} count i2f wide  instr", flush=True)
-        for r in chain(map(compile_variant, chosen), map(compile_sum, sums)):
+        for r in chain(map(compile_variant, chosen), map(compile_sum, sums), starmap(compile_block, blocks)):
             reports.append(r)
             if not arguments.json:
                 print(

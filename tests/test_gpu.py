@@ -1,17 +1,23 @@
 """What only a GPU can show: ``TRITON_INTERPRET=0 scripts/test -m gpu``, which also runs tests/kernels on it."""
 
+import importlib
 from pathlib import Path
 
 import pytest
 import torch
+from column_loop import eager_block
 from tiny_models import make_llama
 from tolerance import assert_close_to_float64
 
 import llmq
+from llmq.block_sweep import MAX_COLUMNS, Block, cuda_block, runs_on
 from llmq.calibration import Calibration
 from llmq.driver import quantize
+from llmq.grids.uniform import UniformGrid
+from llmq.hessian import factorize
 from llmq.nn import QuantLinear
 from llmq.recipe import Recipe
+from llmq.solvers import SOLVERS
 
 pytestmark = pytest.mark.gpu
 
@@ -44,3 +50,59 @@ def test_quantizing_and_serving_on_a_gpu(tmp_path: Path, bits: int, sym: bool, d
     stored = {key: tensor.cpu() for key, tensor in model.state_dict().items() if "proj" in key}
     moved = model.cpu().state_dict()
     assert all(torch.equal(moved[key], tensor) for key, tensor in stored.items())
+
+
+def test_the_column_loop_in_one_launch_is_the_loop_in_pytorch() -> None:
+    # 1024 columns of 512 rows, in blocks of 128; act-order with groups of 64
+    n, k, size = 512, 1024, 64
+    draw = torch.Generator().manual_seed(0)
+    w = torch.randn(n, k, generator=draw).cuda()
+    x = (
+        torch.randn(4 * k, k, generator=draw).cuda()
+        @ (torch.eye(k) + torch.randn(k, k, generator=draw) / k**0.5).cuda()
+    )
+    h, grid = 2 * x.T @ x / len(x), UniformGrid(4, symmetric=False)
+    order = h.diagonal().argsort(descending=True)
+    factor = factorize(h[order][:, order], 0.01)
+    assert factor is not None
+    assert runs_on(w.device, grid)
+    placed = [grid.fit(columns) for columns in w.split(size, dim=1)]
+    scales, zeros = (torch.cat(parts, dim=1).T.contiguous() for parts in zip(*placed, strict=True))
+    columns = w.T[order]
+    y = torch.zeros_like(columns)
+    different = 0
+    for lo in range(0, k, MAX_COLUMNS):
+        at = slice(lo, lo + MAX_COLUMNS)
+        runs = []
+        for run in (cuda_block, cuda_block, eager_block):
+            codes, errors = torch.zeros_like(columns[at], dtype=torch.uint8), torch.full_like(columns[at], float("nan"))
+            block = Block(columns[at], y[at], factor.r[at, at], order[at] // size, codes, errors)
+            run(block, scales, zeros, grid)
+            runs.append(block)
+        assert torch.equal(runs[0].codes, runs[1].codes)
+        assert torch.equal(runs[0].errors, runs[1].errors)
+        # A row with a code that a tie within rounding decides otherwise goes its own way to the end of the block.
+        same = (runs[0].codes == runs[2].codes).all(0)
+        different += int((~same).sum())
+        # Scales have 8 bits, so that a level is exact and its difference from the weight rounds once.
+        assert torch.equal(runs[0].errors[:, same], runs[2].errors[:, same])
+        y[at.stop :].addmm_(factor.r[at, at.stop :].T, runs[0].errors)
+    # One weight in 1e5 is as near to a tie as float32 is inexact: some 5 of these 524288, in 4096 rows of blocks.
+    assert different <= 40
+
+
+def test_the_solver_goes_through_the_kernel_and_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    w, x = torch.randn(512, 1024, generator=draw).cuda(), torch.randn(4096, 1024, generator=draw).cuda()
+    x = x + 0.5 * x.roll(1, dims=1)
+    h, grid = 2 * x.T @ x / len(x), UniformGrid(3, symmetric=True)
+    first, second = (SOLVERS["gptq"].run(w, h, grid, 128).weight.codes for _ in range(2))
+    assert torch.equal(first, second)
+    module = importlib.import_module("llmq.solvers.sweep")
+    monkeypatch.setattr(module, "cuda_block", None)
+    with pytest.raises(TypeError, match="NoneType"):
+        SOLVERS["gptq"].run(w, h, grid, 128)
+    monkeypatch.setattr(module, "runs_on", lambda device, grid: False)
+    eager = SOLVERS["gptq"].run(w, h, grid, 128).weight.codes
+    # One weight in 1e5 is as near to a tie as float32 is inexact, and takes the rest of its row along.
+    assert (first != eager).any(1).float().mean() < 0.05

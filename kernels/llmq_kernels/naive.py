@@ -4,7 +4,7 @@ A weight is ``w = (code - zero) * scale``, with one scale and one zero for `grou
 of a row. Nothing here is fast, and nothing here knows how a kernel stores its operands: this is the text
 that the kernels are compared with.
 
-Letters: N outputs, K inputs, G groups per row, M tokens.
+Letters: N outputs, K inputs, G groups per row, M tokens, B columns of a block.
 """
 
 from __future__ import annotations
@@ -33,3 +33,25 @@ def quant_matmul(
     """
     y = x.double() @ dequantize(codes, scales, zeros, group_size, torch.float64).T
     return y if bias is None else y + bias.double()
+
+
+def gptq_block(
+    w: Tensor, y: Tensor, r: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, lowest: int, highest: int
+) -> tuple[Tensor, Tensor]:
+    """Round the columns of a block one after another, each correcting for the errors of those before it.
+
+    Column j is rounded at ``w_j + (y_j + Σ_{i<j} E_i R_ij) / R_jj``, where E is `w` minus the levels chosen (GPTQ,
+    arXiv 2210.17323, by a factor ``H = R Rᵀ`` in place of one of its inverse). Everything is K-major, B columns of
+    the block by N rows of the weight: w, y [B, N], r [B, B] upper triangular; scales, zeros [G, N], of which column j
+    takes row ``groups[j]``. Codes are `lowest` to `highest`; ties go to the even multiple of the scale.
+
+    Returns codes uint8 [B, N] and errors float64 [B, N].
+    """
+    w, y, r, scales, zeros = (t.double() for t in (w, y, r, scales, zeros))
+    codes, errors = torch.empty(w.shape, dtype=torch.uint8, device=w.device), torch.empty_like(w)
+    for j, group in enumerate(groups.tolist()):
+        target = w[j] + (y[j] + r[:j, j] @ errors[:j]) / r[j, j]
+        level = ((target / scales[group]).round() + zeros[group]).clamp(lowest, highest)
+        codes[j] = level.to(torch.uint8)
+        errors[j] = w[j] - (level - zeros[group]) * scales[group]
+    return codes, errors

@@ -29,7 +29,8 @@ def reports() -> list[dict[str, Any]]:
 
 
 def test_no_fault_is_reported(reports: list[dict[str, Any]]) -> None:
-    assert len(reports) == 13 + 2  # the sample, and the sum of split products on both architectures
+    # The sample, and on both architectures the sum of split products and four of the column loop of GPTQ.
+    assert len(reports) == 13 + 2 + 8
     assert [r["name"] for r in reports if r["faults"]] == []
 
 
@@ -41,7 +42,7 @@ def test_nothing_spills_and_everything_fits(reports: list[dict[str, Any]]) -> No
 
 def test_tensor_cores_take_the_weights_on_the_left(reports: list[dict[str, Any]]) -> None:
     for r in reports:
-        if r["name"].startswith("add_splits"):
+        if r["name"].startswith(("add_splits", "gptq_block")):
             continue
         # wgmma at a batch tile of 16 is there only if the weights are the left operand.
         assert r["mma"].startswith("HGMMA.64x" if "sm_90" in r["name"] else "HMMA.16816"), r
@@ -50,6 +51,19 @@ def test_tensor_cores_take_the_weights_on_the_left(reports: list[dict[str, Any]]
 
 def test_codes_become_floats_without_conversion_instructions(reports: list[dict[str, Any]]) -> None:
     assert {r["name"]: r["i2f"] for r in reports if r["i2f"]} == {}
+
+
+def test_the_column_loop_divides_and_rounds_exactly_and_leaves_room_for_four_programs(
+    reports: list[dict[str, Any]],
+) -> None:
+    blocks = [r for r in reports if r["name"].startswith("gptq_block")]
+    assert len(blocks) == 8
+    for r in blocks:
+        assert r["calls"] >= 2, r  # the reciprocal of R_jj, and the division by the scale
+        assert r["rounders"] >= 2, r
+        # Of 65536 registers; 128 threads at most.
+        assert r["registers"] <= 128, r
+        assert r["mma_count"] == 0, r  # TF32 would be enough to move codes
 
 
 def test_an_unknown_variant_is_a_usage_error() -> None:
