@@ -10,9 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from llmq.solvers.descent import descent
+from llmq.solvers.gptaq import gptaq
 from llmq.solvers.gptq import gptq
+from llmq.solvers.obq import obq
 from llmq.solvers.rtn import rtn
+from llmq.solvers.weighted_rtn import weighted_rtn
 from llmq.types import Solution
+
+_SEARCH = ("scale_search", "search_norm")
+_SWEEP = ("damp_percent", "order", *_SEARCH)
 
 
 class Solver(NamedTuple):
@@ -21,9 +28,14 @@ class Solver(NamedTuple):
     run: Callable[..., Solution]
     calibrated: bool  # whether it needs a Hessian, hence calibration data
     options: tuple[str, ...]  # the recipe fields that it takes as keyword arguments
+    paired: bool = False  # whether it also takes `cross` = 2 (X_fp - X) Xᵀ / T and `alpha`, hence a second stream
 
 
 SOLVERS: dict[str, Solver] = {
-    "gptq": Solver(gptq, calibrated=True, options=("damp_percent", "act_order", "scale_search")),
+    "gptq": Solver(gptq, calibrated=True, options=_SWEEP),
+    "gptaq": Solver(gptaq, calibrated=True, options=_SWEEP, paired=True),
+    "obq": Solver(obq, calibrated=True, options=("damp_percent", *_SEARCH)),
+    "descent": Solver(descent, calibrated=True, options=("damp_percent", *_SEARCH)),
+    "weighted_rtn": Solver(weighted_rtn, calibrated=True, options=_SEARCH),
     "rtn": Solver(rtn, calibrated=False, options=()),
 }

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from grid_reference import encode, place, steps_to_tie
+from order_reference import WHOLE_GROUPS, visit
 from torch import Tensor
 
 
@@ -26,29 +27,24 @@ def damped(h: Tensor, damp_percent: float) -> Tensor:
     return h + damp_percent * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
 
 
-def falling_energy(h: Tensor) -> list[int]:
-    """Return the columns by falling H_jj, the earlier one first where equal."""
-    return sorted(range(len(h)), key=lambda j: (-h[j, j].item(), j))
-
-
 def gptq_u_form(
-    w: Tensor, h: Tensor, bits: int, symmetric: bool, group_size: int, damp_percent: float, act_order: bool
+    w: Tensor, h: Tensor, bits: int, symmetric: bool, group_size: int, damp_percent: float, order: str
 ) -> Trace:
     """Return what GPTQ does to `w` [N, K].
 
-    Groups are contiguous columns, placed by the compensated weights when the sweep enters them, or, with `act_order`,
-    by the original weights beforehand.
+    Groups are contiguous columns, placed by the compensated weights when the sweep enters them, or, where the order
+    mixes them, by the original weights beforehand.
     """
-    order = falling_energy(h) if act_order else list(range(len(h)))
-    inverse = torch.linalg.inv(damped(h, damp_percent)[order][:, order])
+    columns = visit(h, order, group_size)
+    inverse = torch.linalg.inv(damped(h, damp_percent)[columns][:, columns])
     u = torch.linalg.cholesky(inverse, upper=True)  # inverse = Uᵀ U
     original = w.double()
-    work = original[:, order].clone()
-    sweep = _Groups(original, bits, symmetric, group_size, act_order)
+    work = original[:, columns].clone()
+    sweep = _Groups(original, bits, symmetric, group_size, order not in WHOLE_GROUPS)
     loss = torch.zeros(len(w), dtype=torch.float64)
-    for at, column in enumerate(order):
+    for at, column in enumerate(columns):
         target = work[:, at].clone()
-        rounded = sweep.round(column, target, work[:, at : at + group_size])
+        rounded = sweep.round(column, target, work[:, at : at + sweep.columns_of(column)], columns[at:])
         error = (target - rounded) / u[at, at]
         loss += error**2
         work[:, at:] -= error[:, None] * u[at, at:]
@@ -72,17 +68,21 @@ class _Groups:
             for group in range(groups):
                 self._place(group, original[:, group * group_size : (group + 1) * group_size])
 
-    def _place(self, group: int, w: Tensor) -> None:
+    def columns_of(self, column: int) -> int:
+        """Return the number of columns in the group of `column`; the last may be short."""
+        return min(self.group_size, self.original.shape[1] - column // self.group_size * self.group_size)
+
+    def _place(self, group: int, w: Tensor, columns: list[int] | None = None) -> None:
         placed = place(w, self.bits, self.symmetric)
         self.scales[:, group], self.zeros[:, group] = placed.scale, placed.zero
         if not self.static:  # original weights are the same in float32: no decision about them can differ
             self.margin = torch.minimum(self.margin, placed.margin)
 
-    def round(self, column: int, target: Tensor, entering: Tensor) -> Tensor:
-        """Return the level nearest to `target` [N]; `entering` are the current weights if a group starts here."""
+    def round(self, column: int, target: Tensor, entering: Tensor, ahead: list[int]) -> Tensor:
+        """Return the level nearest to `target` [N]; `entering` are the weights of `ahead` if a group starts here."""
         group = column // self.group_size
-        if not self.static and column % self.group_size == 0:
-            self._place(group, entering)
+        if self.scales[:, group].isnan().all():
+            self._place(group, entering, ahead[: entering.shape[1]])
         scale, zero = self.scales[:, group], self.zeros[:, group]
         self.codes[:, column] = encode(target, scale, zero, self.bits)
         self.margin = torch.minimum(self.margin, steps_to_tie(target, scale, zero, self.bits))

@@ -2,25 +2,29 @@
 
 import importlib
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import pytest
 import torch
-from gptq_reference import Trace, damped, falling_energy, gptq_u_form
+from column_loop import eager_block
+from gptq_reference import Trace, damped, gptq_u_form
 from obq_reference import down_date, obq_fixed_order, obq_greedy, optimum
-from solver_cases import assert_same, assert_same_but_for_a_tie, correlated, losses
+from order_reference import visit
+from solver_cases import assert_same, assert_same_but_for_a_tie, correlated, different_rows, losses
 from torch import Tensor
 
+from llmq.block_sweep import Block
 from llmq.errors import SolverError
 from llmq.grids.uniform import UniformGrid
-from llmq.hessian import factorize
+from llmq.hessian import all_finite, factorize
 from llmq.solvers.gptq import gptq
 from llmq.solvers.rtn import rtn
-from llmq.types import Affine, QuantizedWeight
+from llmq.types import Affine, Grid, QuantizedWeight
 
 # the package gives its name to the function, so that the module is found only by importing it
-gptq_module = importlib.import_module("llmq.solvers.gptq")
+sweep_module = importlib.import_module("llmq.solvers.sweep")
 
-orders = pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+every_order = pytest.mark.parametrize("order", ["natural", "act", "group", "pivot"])
 both_signs = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 U = 2.0**-24
 
@@ -63,58 +67,111 @@ every_case = pytest.mark.parametrize(("n", "k", "group_size", "bits", "damp"), C
 
 
 @both_signs
-@orders
+@every_order
 @every_case
 def test_codes_are_those_of_the_textbook_and_of_obq(
-    n: int, k: int, group_size: int, bits: int, damp: float, act_order: bool, symmetric: bool
+    n: int, k: int, group_size: int, bits: int, damp: float, order: str, symmetric: bool
 ) -> None:
     w, h = correlated(n, k, seed=k)
-    textbook = gptq_u_form(w, h, bits, symmetric, group_size, damp, act_order)
-    obq = obq_fixed_order(w, h, bits, symmetric, group_size, damp, act_order)
+    textbook = gptq_u_form(w, h, bits, symmetric, group_size, damp, order)
+    obq = obq_fixed_order(w, h, bits, symmetric, group_size, damp, order)
     rows = comparable(h, damp, w, textbook)
-    solution = gptq(w, h, UniformGrid(bits, symmetric), group_size, damp_percent=damp, act_order=act_order)
+    solution = gptq(w, h, UniformGrid(bits, symmetric), group_size, damp_percent=damp, order=order)
     assert (solution.damp_percent, solution.remedies) == (damp, ())
     assert_follows(solution.weight, textbook, rows)
     assert_follows(solution.weight, obq, rows)
 
 
-@orders
+@every_order
 @pytest.mark.parametrize("leaf", [1, 5, 64])
 @pytest.mark.parametrize(("k", "group_size"), [(160, 160), (160, 32), (100, 32), (33, 8), (31, 1)], ids=str)
 def test_where_the_sweep_is_split_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, k: int, group_size: int, leaf: int, act_order: bool
+    monkeypatch: pytest.MonkeyPatch, k: int, group_size: int, leaf: int, order: str
 ) -> None:
     w, h = correlated(12, k, seed=1)
     grid = UniformGrid(4, symmetric=False)
-    usual = gptq(w, h, grid, group_size, act_order=act_order).weight
-    monkeypatch.setattr(gptq_module, "_LEAF", leaf)
-    assert_same_but_for_a_tie(usual, gptq(w, h, grid, group_size, act_order=act_order).weight)
+    usual = gptq(w, h, grid, group_size, order=order).weight
+    monkeypatch.setattr(sweep_module, "_LEAF", leaf)
+    assert_same_but_for_a_tie(usual, gptq(w, h, grid, group_size, order=order).weight)
 
 
-@orders
-def test_the_defaults_are_one_percent_damping_and_act_order(act_order: bool) -> None:
+def through_codes() -> type[UniformGrid]:
+    """Return a uniform grid that the sweep does not know to have equal steps."""
+
+    class Opaque:
+        def __init__(self, bits: int, symmetric: bool) -> None:
+            self._grid = UniformGrid(bits, symmetric)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._grid, name)
+
+    return cast(type[UniformGrid], Opaque)
+
+
+@every_order
+@both_signs
+@pytest.mark.parametrize(("k", "group_size"), [(33, 8), (100, 32), (31, 1)], ids=str)
+def test_steps_and_codes_say_the_same(k: int, group_size: int, symmetric: bool, order: str) -> None:
+    # the sweep rounds to equal steps without making codes; any other grid it asks for codes and their values
+    w, h = correlated(12, k, seed=k)
+    a = gptq(w, h, UniformGrid(3, symmetric), group_size, order=order).weight
+    b = gptq(w, h, through_codes()(3, symmetric), group_size, order=order).weight
+    assert different_rows(a, b) == 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_lowest_code_of_a_restricted_grid_is_not_used(symmetric: bool) -> None:
+    w, h = correlated(24, 64, seed=1)
+    found = gptq(w, h, UniformGrid(3, symmetric, "restricted"), 32).weight
+    assert (int(found.codes.min()) == 1) == symmetric
+
+
+@every_order
+@pytest.mark.parametrize(("k", "group_size"), [(100, 32), (300, 300), (140, 7)], ids=str)
+def test_a_block_kernel_is_given_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, k: int, group_size: int, order: str
+) -> None:
+    # on a GPU, leaves of up to 128 columns go to a kernel: here to the loop that the kernel is compared with
+    w, h = correlated(12, k, seed=1)
+    grid = UniformGrid(4, symmetric=False)
+    usual = gptq(w, h, grid, group_size, order=order).weight
+    blocks: list[int] = []
+
+    def spy(block: Block, scales: Tensor, zeros: Tensor, grid: Grid) -> None:
+        blocks.append(len(block.w))
+        eager_block(block, scales, zeros, grid)
+
+    monkeypatch.setattr(sweep_module, "runs_on", lambda device, grid: True)
+    monkeypatch.setattr(sweep_module, "cuda_block", spy)
+    assert_same_but_for_a_tie(usual, gptq(w, h, grid, group_size, order=order).weight)
+    assert sum(blocks) == k
+    assert max(blocks) <= 128
+
+
+@every_order
+def test_the_defaults_are_one_percent_damping_and_falling_energy(order: str) -> None:
     w, h = correlated(8, 40, seed=2)
     grid = UniformGrid(3, symmetric=True)
     usual = gptq(w, h, grid, 20)
     assert usual.damp_percent == 0.01
-    same = gptq(w, h, grid, 20, damp_percent=0.01, act_order=act_order).weight
-    assert torch.equal(usual.weight.codes, same.codes) == act_order
+    same = gptq(w, h, grid, 20, damp_percent=0.01, order=order).weight
+    assert torch.equal(usual.weight.codes, same.codes) == (order == "act")
 
 
-@orders
+@every_order
 @pytest.mark.parametrize("k", [33, 96])
-def test_loss_is_a_sum_over_columns(k: int, act_order: bool) -> None:
+def test_loss_is_a_sum_over_columns(k: int, order: str) -> None:
     # L = Σ (c_j - q_j)² R_jj² = ‖E R‖² = tr(E H̃ Eᵀ), the first as 1/U_jj² in the reference
     w, h = correlated(16, k, seed=3)
-    order = falling_energy(h) if act_order else list(range(k))
-    factor = factorize(h[order][:, order], 0.01)
+    columns = visit(h, order, k)
+    factor = factorize(h[columns][:, columns], 0.01)
     assert factor is not None
-    found = gptq(w, h, UniformGrid(3, symmetric=True), k, act_order=act_order).weight
+    found = gptq(w, h, UniformGrid(3, symmetric=True), k, order=order).weight
     e = w.double() - found.dequantize().double()
     by_trace = losses(w, damped(h, 0.01), found)
-    by_factor = (e[:, order] @ factor.r.double()).square().sum(1)
+    by_factor = (e[:, columns] @ factor.r.double()).square().sum(1)
     torch.testing.assert_close(by_trace, by_factor, rtol=4 * k * U, atol=0)
-    textbook = gptq_u_form(w, h, 3, True, k, 0.01, act_order)
+    textbook = gptq_u_form(w, h, 3, True, k, 0.01, order)
     rows = comparable(h, 0.01, w, textbook)
     assert rows.any()
     # two float64 routes to the same number: an inverse and its Cholesky, conditions of 1e3
@@ -158,7 +215,7 @@ def test_published_two_by_two() -> None:
     assert best.tolist() == [1.0, 1.0]
     assert loss == pytest.approx(0.54)
     w = torch.tensor([[0.4, 1.31]])
-    found = gptq(w, TWO_BY_TWO, Steps(), 2, damp_percent=0.001, act_order=False).weight.dequantize()
+    found = gptq(w, TWO_BY_TWO, Steps(), 2, damp_percent=0.001, order="natural").weight.dequantize()
     assert found.tolist() == [[0.0, 2.0]]
     assert rtn(w, None, Steps(), 2).weight.dequantize().tolist() == [[0.0, 1.0]]
 
@@ -172,12 +229,12 @@ def test_obq_steps_of_the_two_by_two() -> None:
     assert down_date(inverse, 0)[1, 1].item() == pytest.approx(1 / 2)  # the inverse of what is left of H
 
 
-@orders
-def test_no_solver_beats_brute_force(act_order: bool) -> None:
+@every_order
+def test_no_solver_beats_brute_force(order: str) -> None:
     equal = 0
     for seed in range(12):
         w, h = correlated(1, 5, seed)
-        solution = gptq(w, h, UniformGrid(2, symmetric=False), 5, damp_percent=0.001, act_order=act_order)
+        solution = gptq(w, h, UniformGrid(2, symmetric=False), 5, damp_percent=0.001, order=order)
         at = Affine(solution.weight.scales, solution.weight.zeros)
         levels = solution.weight.grid.decode(torch.arange(4, dtype=torch.uint8)[None], at)[0].double()
         _, best = optimum(w[0], h, levels)
@@ -190,15 +247,15 @@ def test_no_solver_beats_brute_force(act_order: bool) -> None:
     assert equal  # the optimum is found in about a third of such problems
 
 
-@orders
+@every_order
 @pytest.mark.parametrize("seed", range(5))
-def test_loss_of_a_row_is_below_the_bound_of_the_nearest_plane(seed: int, act_order: bool) -> None:
+def test_loss_of_a_row_is_below_the_bound_of_the_nearest_plane(seed: int, order: str) -> None:
     # Each (c_j - q_j)² is at most s²/4 where nothing is clipped, hence L <= s²/4 · Σ R_jj².
     w, h = correlated(16, 64, seed)
-    order = falling_energy(h) if act_order else list(range(64))
-    factor = factorize(h[order][:, order], 0.01)
+    columns = visit(h, order, 64)
+    factor = factorize(h[columns][:, columns], 0.01)
     assert factor is not None
-    found = gptq(w, h, Steps(0.125), 64, act_order=act_order).weight
+    found = gptq(w, h, Steps(0.125), 64, order=order).weight
     bound = 0.25 * 0.125**2 * factor.r.double().diagonal().square().sum()
     loss = losses(w, damped(h, 0.01), found)
     assert (loss <= bound).all()
@@ -209,16 +266,22 @@ def test_loss_of_a_row_is_below_the_bound_of_the_nearest_plane(seed: int, act_or
 def test_columns_are_visited_by_falling_energy() -> None:
     energy = torch.tensor([3.0, 9.0, 1.0, 9.0, 0.5, 4.0])
     w = torch.tensor([[10.0, 11.0, 12.0, 13.0, 14.0, 15.0]])
-    for act_order, expected in ((True, [11, 13, 15, 10, 12, 14]), (False, [10, 11, 12, 13, 14, 15])):
+    for order, expected in (
+        ("act", [11, 13, 15, 10, 12, 14]),
+        ("natural", [10, 11, 12, 13, 14, 15]),
+        ("group", [11, 10, 13, 12, 15, 14]),
+        ("pivot", [13, 11, 15, 10, 12, 14]),
+    ):
         grid = Steps()
-        gptq(w, torch.diag(energy), grid, 2, act_order=act_order)
+        gptq(w, torch.diag(energy), grid, 2, order=order)
         assert [target.item() for target in grid.seen] == expected
 
 
-def test_with_act_order_groups_are_contiguous_and_placed_by_the_original_weights() -> None:
+@pytest.mark.parametrize("order", ["act", "pivot"])
+def test_in_mixed_order_groups_are_contiguous_and_placed_by_the_original_weights(order: str) -> None:
     w, h = correlated(8, 96, seed=4)
     grid = UniformGrid(4, symmetric=False)
-    found = gptq(w, h, grid, 32, act_order=True).weight
+    found = gptq(w, h, grid, 32, order=order).weight
     expected = rtn(w, None, grid, 32).weight
     assert torch.equal(found.scales, expected.scales)
     assert torch.equal(found.zeros, expected.zeros)
@@ -229,37 +292,39 @@ def test_with_act_order_groups_are_contiguous_and_placed_by_the_original_weights
 
 def test_in_natural_order_groups_are_placed_by_corrected_weights() -> None:
     w, h = correlated(8, 96, seed=4)
-    found = gptq(w, h, UniformGrid(4, symmetric=True), 32, act_order=False).weight
+    found = gptq(w, h, UniformGrid(4, symmetric=True), 32, order="natural").weight
     stale = rtn(w, None, UniformGrid(4, symmetric=True), 32).weight
     assert torch.equal(found.scales[:, 0], stale.scales[:, 0])
     assert (found.scales[:, 1:] != stale.scales[:, 1:]).float().mean() > 0.5
 
 
-@orders
-def test_strong_damping_gives_rtn(act_order: bool) -> None:
+@every_order
+def test_strong_damping_gives_rtn(order: str) -> None:
     # λ → ∞; damping by the whole mean diagonal at most, so the diagonal itself is made large
     w, h = correlated(8, 64, seed=5)
     grid = UniformGrid(4, symmetric=True)
     diagonal = h + 1e7 * torch.eye(64)
-    assert_same(gptq(w, diagonal, grid, 32, act_order=act_order).weight, rtn(w, None, grid, 32).weight)
+    assert_same(gptq(w, diagonal, grid, 32, order=order).weight, rtn(w, None, grid, 32).weight)
 
 
-@orders
-def test_one_token_is_enough_to_solve(act_order: bool) -> None:
+@every_order
+def test_one_token_is_enough_to_solve(order: str) -> None:
     w, h = correlated(8, 64, seed=6, tokens=1)
-    solution = gptq(w, h, UniformGrid(4, symmetric=True), 32, act_order=act_order)
+    solution = gptq(w, h, UniformGrid(4, symmetric=True), 32, order=order)
     assert "round to nearest" not in solution.remedies
     assert losses(w, h, solution.weight).sum() < losses(w, h, rtn(w, None, solution.weight.grid, 32).weight).sum()
 
 
-@orders
-def test_a_hessian_beyond_remedy_is_reported_and_rounded_to_nearest(act_order: bool) -> None:
+@every_order
+def test_a_hessian_beyond_remedy_is_reported_and_descended_on(order: str) -> None:
     w, _ = correlated(8, 64, seed=7)
     h = torch.full((64, 64), 10.0).fill_diagonal_(1.0)
-    solution = gptq(w, h, UniformGrid(4, symmetric=True), 32, act_order=act_order)
-    assert solution.remedies == ("round to nearest",)
+    solution = gptq(w, h, UniformGrid(4, symmetric=True), 32, order=order)
+    assert solution.remedies == ("coordinate descent, no factorization",)
     assert solution.damp_percent == 0.0
-    assert_same(solution.weight, rtn(w, None, UniformGrid(4, symmetric=True), 32).weight)
+    nearest = rtn(w, None, UniformGrid(4, symmetric=True), 32).weight
+    assert torch.equal(solution.weight.scales, nearest.scales)
+    assert (losses(w, h, solution.weight) <= losses(w, h, nearest)).all()
 
 
 def test_remedies_of_the_factorization_are_passed_on() -> None:
@@ -272,27 +337,35 @@ def test_remedies_of_the_factorization_are_passed_on() -> None:
     assert "float64" in solution.remedies[0]
 
 
-@orders
-def test_the_damping_that_was_needed_is_reported(act_order: bool) -> None:
+@every_order
+def test_the_damping_that_was_needed_is_reported(order: str) -> None:
     # ones on the diagonal and one eigenvalue of -0.05: 0.001 and 0.01 fail, 0.1 holds
     h = torch.full((32, 32), -1.05 / 31).fill_diagonal_(1.0)
     w, _ = correlated(4, 32, seed=8)
-    solution = gptq(w, h, UniformGrid(4, symmetric=True), 32, damp_percent=0.001, act_order=act_order)
+    solution = gptq(w, h, UniformGrid(4, symmetric=True), 32, damp_percent=0.001, order=order)
     assert solution.damp_percent == pytest.approx(0.1)
     assert len(solution.remedies) == 3
 
 
-@orders
-def test_a_hessian_with_nan_is_an_error(act_order: bool) -> None:
+@every_order
+def test_a_hessian_with_nan_is_an_error(order: str) -> None:
     w, h = correlated(4, 32, seed=9)
     h[3, 4] = float("nan")
     with pytest.raises(SolverError, match="Hessian"):
-        gptq(w, h, UniformGrid(4, symmetric=True), 32, act_order=act_order)
+        gptq(w, h, UniformGrid(4, symmetric=True), 32, order=order)
 
 
-@orders
-def test_weights_with_nan_are_an_error(act_order: bool) -> None:
+def test_a_large_hessian_is_not_taken_for_infinite() -> None:
+    large = torch.full((64, 64), 1e36)
+    assert not large.sum().isfinite()
+    assert all_finite(large)
+    assert not all_finite(torch.tensor([1.0, float("nan")]))
+    assert not all_finite(torch.tensor([float("inf"), -float("inf")]))
+
+
+@every_order
+def test_weights_with_nan_are_an_error(order: str) -> None:
     w, h = correlated(4, 32, seed=9)
     w[3, 4] = float("nan")
     with pytest.raises(SolverError):
-        gptq(w, h, UniformGrid(4, symmetric=True), 32, act_order=act_order)
+        gptq(w, h, UniformGrid(4, symmetric=True), 32, order=order)

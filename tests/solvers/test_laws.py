@@ -2,24 +2,44 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from inspect import signature
+from typing import Any, get_args
 
 import pytest
 import torch
 from solver_cases import assert_same, assert_same_but_for_a_tie, correlated, losses
 from torch import Tensor
 
+from llmq.errors import SolverError
 from llmq.grids.uniform import UniformGrid
-from llmq.solvers import SOLVERS
+from llmq.recipe import Recipe
+from llmq.solvers import SOLVERS, Solver
+from llmq.solvers.orders import ORDERS
 from llmq.solvers.rtn import rtn
 from llmq.types import Affine, Grid, Solution
 
 Solve = Callable[[Tensor, Tensor, Grid, int], Solution]
 
-# every solver with its defaults, and with each of its switches the other way
-ALL: dict[str, Solve] = {name: row.run for name, row in SOLVERS.items()}
-ALL |= {f"{n}-natural-order": partial(r.run, act_order=False) for n, r in SOLVERS.items() if "act_order" in r.options}
+
+def runner(row: Solver, **options: Any) -> Solve:
+    """Return the solver with these options; a paired one gets a cross moment that goes with the Hessian."""
+    if not row.paired:
+        return partial(row.run, **options)
+    return lambda w, h, grid, group_size: row.run(w, h, grid, group_size, cross=0.02 * h.triu(1), **options)
+
+
+# every solver on scales that span the groups, the sweep in every order; then with searched scales
+SPANNING = {
+    n: runner(r, **({"scale_search": "none"} if "scale_search" in r.options else {})) for n, r in SOLVERS.items()
+}
+SPANNING |= {f"gptq-{order}": runner(SOLVERS["gptq"], order=order) for order in ORDERS if order != "act"}
+SEARCHING = {
+    f"{name}-searched": runner(SOLVERS[name], scale_search="hessian")
+    for name in ("gptq", "obq", "descent", "weighted_rtn")
+}
+ALL = SPANNING | SEARCHING
 every_solver = pytest.mark.parametrize("solve", ALL.values(), ids=ALL.keys())
+without_search = pytest.mark.parametrize("solve", SPANNING.values(), ids=SPANNING.keys())
 
 SYM4, ASYM3 = UniformGrid(4, symmetric=True), UniformGrid(3, symmetric=False)
 both_grids = pytest.mark.parametrize("grid", [SYM4, ASYM3], ids=["4-sym", "3-asym"])
@@ -27,15 +47,12 @@ both_grids = pytest.mark.parametrize("grid", [SYM4, ASYM3], ids=["4-sym", "3-asy
 SIZES = [
     (1, 1),
     (1, 32),
-    (31, 32),
     (33, 32),
     (33, 11),
     (64, 1),
     (100, 32),
     (100, 100),
     (160, 32),
-    (160, 128),
-    (160, 40),
 ]
 every_size = pytest.mark.parametrize(("k", "group_size"), SIZES, ids=str)
 
@@ -45,10 +62,10 @@ def diagonal(k: int, seed: int = 0) -> Tensor:
 
 
 @every_solver
-@both_grids
 @every_size
-def test_shapes_and_dtypes(solve: Solve, grid: Grid, k: int, group_size: int) -> None:
+def test_shapes_dtypes_and_groups(solve: Solve, k: int, group_size: int) -> None:
     w, h = correlated(5, k)
+    grid = ASYM3
     found = solve(w, h, grid, group_size).weight
     groups = -(-k // group_size)
     assert (found.codes.dtype, found.scales.dtype, found.zeros.dtype) == (torch.uint8, torch.float32, torch.float32)
@@ -59,21 +76,14 @@ def test_shapes_and_dtypes(solve: Solve, grid: Grid, k: int, group_size: int) ->
     assert torch.equal(found.zeros, found.zeros.round())
     assert ((found.zeros >= 0) & (found.zeros < 2**grid.bits)).all()
     assert torch.equal(found.scales, found.scales.half().float())
-    assert found.dequantize().shape == w.shape
-
-
-@every_solver
-@every_size
-def test_dequantize_takes_each_column_from_its_group(solve: Solve, k: int, group_size: int) -> None:
-    w, h = correlated(5, k)
-    found = solve(w, h, ASYM3, group_size).weight
     values = found.dequantize()
+    assert values.shape == w.shape
     for j in range(k):
         g = j // group_size
         assert torch.equal(values[:, j], (found.codes[:, j].float() - found.zeros[:, g]) * found.scales[:, g])
 
 
-@every_solver
+@without_search
 @both_grids
 @every_size
 def test_equals_rtn_on_a_diagonal_hessian(solve: Solve, grid: Grid, k: int, group_size: int) -> None:
@@ -82,7 +92,7 @@ def test_equals_rtn_on_a_diagonal_hessian(solve: Solve, grid: Grid, k: int, grou
     assert_same(solve(w, torch.eye(k), grid, group_size).weight, rtn(w, None, grid, group_size).weight)
 
 
-@every_solver
+@without_search
 def test_codes_are_those_of_the_stored_scales(solve: Solve) -> None:
     # scales are rounded first and codes chosen after: with an uncorrelated H the codes are nearest to w
     w, _ = correlated(6, 96)
@@ -157,11 +167,14 @@ def test_correlated_inputs_cost_no_more_than_rounding_to_nearest(solve: Solve, g
 @pytest.mark.parametrize("name", [name for name, row in SOLVERS.items() if row.calibrated])
 @both_grids
 def test_calibrated_solvers_gain_on_correlated_inputs(name: str, grid: Grid) -> None:
+    # gptq measures 0.56 to 0.65 without search, obq and descent the same or less; a solver without feedback has 1.
+    # weighted_rtn has none, and gains by its scales alone
+    bound = {"weighted_rtn": 1.0, "gptaq": 1.0}.get(name, 0.9)
     for seed in range(6):
         w, h = correlated(16, 96, seed)
+        solve = SEARCHING[f"{name}-searched"] if name == "weighted_rtn" else SPANNING[name]
         nearest = losses(w, h, rtn(w, None, grid, 32).weight).sum()
-        # gptq measures 0.56 to 0.65 with act_order; a solver without feedback has 1
-        assert losses(w, h, SOLVERS[name].run(w, h, grid, 32).weight).sum() < 0.9 * nearest
+        assert losses(w, h, solve(w, h, grid, 32).weight).sum() < bound * nearest
 
 
 @every_solver
@@ -187,7 +200,7 @@ def test_inputs_that_never_occur_are_rounded_to_nearest(solve: Solve, grid: Grid
         assert torch.equal(found.codes[:, j, None], grid.encode(w[:, j, None], at))
 
 
-@every_solver
+@without_search
 def test_a_hessian_of_zeros_gives_rtn(solve: Solve) -> None:
     w, _ = correlated(4, 40)
     assert_same(solve(w, torch.zeros(40, 40), SYM4, 20).weight, rtn(w, None, SYM4, 20).weight)
@@ -206,15 +219,15 @@ def test_layout_in_memory_does_not_matter(solve: Solve) -> None:
     assert_same(solve(w, h, SYM4, 32).weight, solve(w.T.contiguous().T, h, SYM4, 32).weight)
 
 
-@every_solver
-def test_weights_on_the_grid_are_kept(solve: Solve) -> None:
+@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("gptaq")])  # which aims elsewhere
+def test_weights_on_the_grid_are_kept(name: str) -> None:
     # decode codes by hand, solve, and expect them back, at no loss
     draw = torch.Generator().manual_seed(12)
     codes = torch.randint(0, 16, (8, 64), generator=draw)
     codes[:, ::32] = 0  # the extreme of each group of 32, so that fit finds the same scale
     scales = (torch.rand(8, 2, generator=draw) + 0.5).bfloat16().float().repeat_interleave(32, dim=1)
     w = (codes - 8) * scales
-    found = solve(w, correlated(1, 64, 12)[1], SYM4, 32).weight
+    found = ALL[name](w, correlated(1, 64, 12)[1], SYM4, 32).weight
     assert torch.equal(found.codes.long(), codes)
     assert torch.equal(found.dequantize(), w)
 
@@ -227,9 +240,46 @@ def test_groups_of_zeros_stay_zero_on_a_diagonal_hessian(solve: Solve) -> None:
 
 
 def test_solvers_name_their_options_as_keyword_arguments() -> None:
-    from inspect import signature
-
     for row in SOLVERS.values():
         parameters: Any = signature(row.run).parameters
         assert list(parameters)[:4] == ["w", "h", "grid", "group_size"]
-        assert [name for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY] == list(row.options)
+        own = ("cross", "alpha") if row.paired else ()
+        assert [name for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY] == [*own, *row.options]
+        assert set(row.options) <= set(Recipe.model_fields)
+
+
+def test_a_recipe_knows_every_method_order_and_search() -> None:
+    fields = Recipe.model_fields
+    assert set(get_args(fields["order"].annotation)) == set(ORDERS)
+    w, h = correlated(2, 8)
+    for search in get_args(fields["scale_search"].annotation):
+        SOLVERS["gptq"].run(w, h, SYM4, 4, scale_search=search)
+    assert all(name in str(fields["method"].description) for name in SOLVERS)
+
+
+@pytest.mark.parametrize("name", [name for name, row in SOLVERS.items() if row.calibrated])
+def test_a_hessian_with_nan_and_options_that_do_not_exist_are_errors(name: str) -> None:
+    w, h = correlated(4, 8)
+    with pytest.raises(SolverError, match="scale_search is 'best'; use none, mse, hessian"):
+        runner(SOLVERS[name], scale_search="best")(w, h, SYM4, 4)
+    if "order" in SOLVERS[name].options:
+        with pytest.raises(SolverError, match="order is 'random'; use natural, act"):
+            runner(SOLVERS[name], order="random")(w, h, SYM4, 4)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        broken = h.clone()
+        broken[3, 4] = value
+        with pytest.raises(SolverError, match="NaN or infinite"):
+            runner(SOLVERS[name])(w, broken, SYM4, 4)
+
+
+@pytest.mark.parametrize("name", [name for name, row in SOLVERS.items() if "damp_percent" in row.options])
+def test_the_damping_is_that_of_the_option(name: str) -> None:
+    w, h = correlated(8, 64, tokens=16)
+    light, heavy = (runner(SOLVERS[name], damp_percent=damp)(w, h, ASYM3, 32) for damp in (0.001, 1.0))
+    assert (light.damp_percent, heavy.damp_percent) == (0.001, 1.0)
+    assert not torch.equal(light.weight.codes, heavy.weight.codes)
+    if SOLVERS[name].paired:
+        return  # it aims elsewhere than at w
+    identity = torch.eye(64) * h.diagonal().mean()
+    spread = [(losses(w, identity, s.weight).sum() / losses(w, h, s.weight).sum()).item() for s in (light, heavy)]
+    assert spread[1] < spread[0]  # errors stay nearer to where they arise
