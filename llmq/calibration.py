@@ -8,22 +8,27 @@ a seeded draw takes `num_samples` different ones. No token is padding and no tok
 Hessian of a layer is a plain sum. Drawing start positions freely, as the GPTQ authors' code does, was not
 chosen: on a short text the windows overlap and the same sentences count several times without anyone
 noticing.
+
+*Response-only* samples (`llmq.responses`) are not packed: a conversation is one row, with a mask of the
+predictions that count.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llmq.errors import CalibrationError, SpecError
+from llmq.responses import check_row, tokenize_row
+from llmq.texts import jsonl_rows, looks_like_file, read_dataset, read_file, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +45,6 @@ _BLOCK_CHARS = 1_000_000
 # needed. English has about 4 characters per token, so the windows come from a stretch about four times as
 # long as they are.
 _DATASET_CHARS_PER_TOKEN = 16
-_DATASET_ROWS = 1000  # rows fetched at a time
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,28 @@ class Calibration:
     input_ids: Tensor  # int64 [S, L]
     attention_mask: Tensor | None  # bool [S, L], True where a token counts; None: everywhere
     source: str  # the file or dataset as it was named, or BUNDLED
-    fingerprint: str  # sha256 over ids and mask, hexadecimal
+    fingerprint: str  # sha256 over ids and masks, hexadecimal
+    loss_mask: Tensor | None = None  # bool [S, L], True where token t+1 is answer: what is predicted at t counts
 
     @property
     def tokens(self) -> int:
         """Number of tokens that count."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    @property
+    def counted(self) -> Tensor:
+        """Where the prediction of the next token counts, bool [S, L]; never in the last column or from or to padding.
+
+        That is the loss mask or, without one, every place with a token of text behind it.
+        """
+        if self.loss_mask is not None:
+            return self.loss_mask
+        there = (
+            torch.ones_like(self.input_ids, dtype=torch.bool) if self.attention_mask is None else self.attention_mask
+        )
+        counted = torch.zeros_like(there)
+        counted[:, :-1] = there[:, :-1] & there[:, 1:]
+        return counted
 
 
 def load_calibration(
@@ -65,6 +85,7 @@ def load_calibration(
     num_samples: int | None,
     seq_len: int,
     seed: int,
+    response_only: bool = False,
 ) -> Calibration:
     """Return `num_samples` packed windows of `seq_len` tokens, drawn without overlap from `source`.
 
@@ -74,8 +95,14 @@ def load_calibration(
     one and holds one token of text less. The same arguments give the same windows; another `seed` gives
     others. `num_samples` None stands for 128, or for as many as the text that ships with llmq holds.
 
+    With `response_only`, `source` is a ``.jsonl`` file of conversations (`llmq.responses`). Each drawn one is
+    a row of its own, cut off after `seq_len` tokens and padded on the right; `loss_mask` says where the next
+    token is of an answer. Conversations of which no answer lies within `seq_len` are passed over. None then
+    stands for 128, or for as many as there are.
+
     Raises SpecError for a `num_samples` below 1 or a `seq_len` below 2, and CalibrationError when the
-    source is missing, a folder, empty, binary, without its text field, or too short for that many windows.
+    source is missing, a folder, empty, binary, without its fields, or too short for that many windows;
+    response-only also without a chat template that renders its messages, or without answers.
     """
     wanted = DEFAULT_SAMPLES if num_samples is None else num_samples
     if wanted < 1 or seq_len < 2:
@@ -84,13 +111,15 @@ def load_calibration(
             "--seq-len at least 2"
         )
     generator = torch.Generator().manual_seed(seed)
+    if response_only:
+        return _load_responses(source, tokenizer, num_samples, seq_len, generator)
     if source is None:
         texts: Iterable[str] = [resources.files("llmq").joinpath("data/calibration.txt").read_text("utf-8")]
-    elif Path(source).exists() or _looks_like_file(source):
-        texts = _read_file(source)
+    elif Path(source).exists() or looks_like_file(source):
+        texts = read_file(source)
     else:
         budget = wanted * seq_len * _DATASET_CHARS_PER_TOKEN
-        texts = _read_dataset(source, budget=budget, generator=generator)
+        texts = read_dataset(source, budget=budget, generator=generator)
     name = BUNDLED if source is None else source
     stream = _tokenize("\n\n".join(texts), tokenizer)
     lead = _leading_ids(tokenizer)
@@ -102,12 +131,19 @@ def load_calibration(
     return Calibration(ids, None, name, _fingerprint(ids, None))
 
 
-def from_token_lists(lists: Sequence[Sequence[int]], *, pad_token_id: int, source: str) -> Calibration:
+def from_token_lists(
+    lists: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    source: str,
+    answers: Sequence[Sequence[bool]] | None = None,
+) -> Calibration:
     """Return samples of different lengths, such as chats, as one right-padded batch with its mask.
 
     The mask comes from the lengths and never from comparing with `pad_token_id`, which many models share
-    with EOS. Without any padding the mask is None. Raises CalibrationError when there are no samples or one
-    of them is empty.
+    with EOS. Without any padding the mask is None. `answers`, of the lengths of `lists`, says which tokens
+    are answers, and makes the loss mask. Raises CalibrationError when there are no samples or one of them is
+    empty.
     """
     if not lists:
         raise CalibrationError(f"{source}: no calibration samples; give at least one")
@@ -120,119 +156,116 @@ def from_token_lists(lists: Sequence[Sequence[int]], *, pad_token_id: int, sourc
         row[: len(tokens)] = torch.as_tensor(tokens, dtype=torch.int64)
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     kept = None if bool(mask.all()) else mask
-    return Calibration(ids, kept, source, _fingerprint(ids, kept))
+    predictions = None
+    if answers is not None:
+        predictions = torch.zeros_like(mask)
+        for row, flags in zip(predictions, answers, strict=True):
+            row[: len(flags) - 1] = torch.as_tensor(flags[1:], dtype=torch.bool)  # at t, token t+1 is predicted
+    return Calibration(ids, kept, source, _fingerprint(ids, kept, predictions), predictions)
 
 
-def _fingerprint(ids: Tensor, mask: Tensor | None) -> str:
+def random_windows(calibration: Calibration, share: float, words: int, seed: int) -> Calibration | None:
+    """Return windows of tokens drawn evenly from the vocabulary, about `share` times as many as `calibration` has.
+
+    Text of one kind leaves many tokens out. A solver moves its errors to where the Hessian sees nothing, which is where
+    other text then meets them; a few windows of everything close those holes. None for a share of 0. A token that all
+    windows begin with (BOS) begins these too; ids are drawn from 0 to `words` - 1.
+
+    Raises:
+        SpecError: `share` is not in [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise SpecError(f"share of random windows is {share}; use 0 to 1")
+    if share == 0:
+        return None
+    samples, length = calibration.input_ids.shape
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(words, (max(1, round(share * samples)), length), generator=generator)
+    lead = calibration.input_ids[:, 0]
+    if bool((lead == lead[0]).all()):
+        ids[:, 0] = lead[0]
+    return Calibration(ids, None, f"{words} tokens at random", _fingerprint(ids, None))
+
+
+def split_held_out(calibration: Calibration, share: float, seed: int) -> tuple[Calibration, Calibration | None]:
+    """Return `calibration` without about `share` of its windows, and those windows; (all, None) for a share of 0.
+
+    Windows stay whole, and each part has at least one. As many equal stretches as windows are held out give
+    one each, so that these are spread over the set. The same seed holds out the same windows.
+
+    Raises SpecError for a `share` not in [0, 1), and CalibrationError when there is only one window to split.
+    """
+    if not 0 <= share < 1:
+        raise SpecError(f"held-out share is {share}; use a share of the calibration windows from 0 to below 1")
+    if share == 0:
+        return calibration, None
+    samples = calibration.input_ids.shape[0]
+    if samples < 2:
+        raise CalibrationError(
+            f"calibration {calibration.source}: 1 window cannot be split; give more samples or hold out a share of 0"
+        )
+    count = min(max(round(share * samples), 1), samples - 1)
+    generator = torch.Generator().manual_seed(seed)
+    edges = [i * samples // count for i in range(count + 1)]
+    held = torch.zeros(samples, dtype=torch.bool)
+    for low, high in itertools.pairwise(edges):
+        held[low + int(torch.randint(high - low, (), generator=generator))] = True
+    return _select(calibration, ~held), _select(calibration, held)
+
+
+def _select(calibration: Calibration, rows: Tensor) -> Calibration:
+    """Return the windows at which the bool `rows` [S] holds."""
+    ids = calibration.input_ids[rows]
+    masks = (calibration.attention_mask, calibration.loss_mask)
+    kept, predictions = (None if mask is None else mask[rows] for mask in masks)
+    return Calibration(ids, kept, calibration.source, _fingerprint(ids, kept, predictions), predictions)
+
+
+def _fingerprint(ids: Tensor, mask: Tensor | None, loss_mask: Tensor | None = None) -> str:
     digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
     digest.update(ids.numpy().astype("<i8").tobytes())
     if mask is not None:
         digest.update(mask.numpy().tobytes())
+    if loss_mask is not None:
+        digest.update(b"loss" + loss_mask.numpy().tobytes())
     return digest.hexdigest()
 
 
-def _looks_like_file(source: str) -> bool:
-    """Whether a `source` that does not exist was meant as a file, so that the error speaks of a file."""
-    return source.startswith((".", "/", "~")) or source.endswith((".txt", ".jsonl", ".md", ".text"))
-
-
-def _read_file(source: str) -> list[str]:
-    """Return the documents in the file `source`: one for a text file, one per line for jsonl."""
-    path = Path(source)
-    if not path.exists():
-        raise CalibrationError(f"calibration file {source} does not exist; check the path given to --calibration")
-    if path.is_dir():
-        raise CalibrationError(f"calibration {source} is a folder; name one text or .jsonl file in it")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CalibrationError(f"calibration file {source} cannot be read: {error.strerror}") from error
-    text = _decode(raw, source)
-    documents = _parse_jsonl(text, source) if path.suffix == ".jsonl" else [text]
-    if not any(document.strip() for document in documents):
-        raise CalibrationError(f"calibration file {source} is empty ({len(raw)} bytes); it must hold text")
-    return documents
-
-
-def _decode(raw: bytes, source: str) -> str:
-    advice = "--calibration takes UTF-8 text or .jsonl"
-    zero = raw.find(b"\0")
-    if zero >= 0:
-        raise CalibrationError(f"calibration file {source} is binary (NUL at byte {zero}); {advice}")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
+def _load_responses(
+    source: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int | None,
+    seq_len: int,
+    generator: torch.Generator,
+) -> Calibration:
+    """Return drawn conversations of the ``.jsonl`` file `source` with the mask of their answers."""
+    if source is None or not source.endswith(".jsonl"):
         raise CalibrationError(
-            f"calibration file {source} is not UTF-8 (0x{raw[error.start]:02x} at byte {error.start}); {advice}"
-        ) from error
-    return text.replace("\r\n", "\n").removeprefix("\ufeff")
-
-
-def _parse_jsonl(text: str, source: str) -> list[str]:
-    """Return field ``text`` of every line that is not blank."""
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CalibrationError(f"{source}, line {number}: not JSON ({error.msg}); one object per line") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            found = f"its fields are {', '.join(row) or '(none)'}" if isinstance(row, dict) else "not an object"
-            raise CalibrationError(f'{source}, line {number}: no text in a field "text"; {found}')
-        documents.append(row["text"])
-    return documents
-
-
-def _read_dataset(source: str, *, budget: int, generator: torch.Generator) -> list[str]:
-    """Return rows of the dataset `source` from a drawn row onwards, until they hold `budget` characters.
-
-    Rows stay in order because in many datasets, wikitext among them, a document spans several of them.
-    """
-    rows = _open_dataset(source)
-    if "text" not in rows.column_names:
-        raise CalibrationError(
-            f'dataset {source}: no column "text" (it has {", ".join(rows.column_names)}); '
-            "write the text to a file and name that file"
+            f"response-only calibration from {source or BUNDLED}: only a .jsonl file says what is prompt and what is "
+            "answer; name one with --calibration"
         )
-    total = len(rows)
-    texts: list[str] = []
-    chars = 0
-    first = int(torch.randint(max(total, 1), (), generator=generator))
-    for batch in _circular_batches(total, first):
-        read = [text for text in rows[batch.start : batch.stop]["text"] if text and text.strip()]
-        texts += read
-        chars += sum(map(len, read))
-        if chars >= budget:
+    rows = list(jsonl_rows(read_text(source), source))
+    for number, row in rows:
+        check_row(row, f"{source}, line {number}")
+    lead = _leading_ids(tokenizer).tolist()
+    lists: list[list[int]] = []
+    answers: list[list[bool]] = []
+    for i in torch.randperm(len(rows), generator=generator).tolist():
+        number, row = rows[i]
+        ids, answer = tokenize_row(row, tokenizer, lead, f"{source}, line {number}")
+        if any(answer[1:seq_len]):
+            lists.append(ids[:seq_len])
+            answers.append(answer[:seq_len])
+        if len(lists) == (num_samples or DEFAULT_SAMPLES):
             break
-    if not chars:
-        raise CalibrationError(f"dataset {source} is empty ({total} rows without text); name another one")
-    return texts
-
-
-def _circular_batches(total: int, first: int) -> Iterator[range]:
-    """Yield ranges of rows that cover ``first … total`` and then ``0 … first``."""
-    for begin, end in ((first, total), (0, first)):
-        for start in range(begin, end, _DATASET_ROWS):
-            yield range(start, min(start + _DATASET_ROWS, end))
-
-
-def _open_dataset(source: str) -> Any:
-    import datasets
-
-    name, _, config = source.partition(":")
-    try:
-        return datasets.load_dataset(name, config or None, split="train")
-    # What loading a dataset raises when the network, the name, the configuration or the split is wrong:
-    # OSError (ConnectionError, DatasetNotFoundError), ValueError (unknown configuration or split) and its
-    # own base class.
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+    if not lists or len(lists) < (num_samples or 1):
+        advice = f"lower --num-samples to {len(lists)} or give" if lists else "give"
         raise CalibrationError(
-            f"calibration {source}: no file of that name here, and no dataset of that name could be loaded "
-            f"({reason}); check the name, go online once to download it, or name a text file"
-        ) from error
+            f"calibration {source}: {len(lists)} of {len(rows)} conversations have an answer within {seq_len} tokens, "
+            f"{num_samples or 1} needed; {advice} more of them, or raise --seq-len"
+        )
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    return from_token_lists(lists, pad_token_id=pad, source=source, answers=answers)
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -18,38 +18,77 @@ _MAX_DAMP = 1.0  # damping by the whole diagonal: the factor of any positive sem
 
 
 class HessianSum:
-    """Running sum of ``x xᵀ`` over valid tokens, float32 [K, K], with its token count."""
+    """Running sums over tokens of ``g x xᵀ`` and, if `paired`, of ``g (x_ref - x) xᵀ``, float32 [K, K]; all g >= 0.
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
+    `x_ref` is the input that the same token has in the original model: the second sum is what asymmetric calibration
+    (GPTAQ, arXiv 2504.02692) shifts the weights by. Both sums run over the same tokens.
+    """
+
+    def __init__(self, in_features: int, device: torch.device, *, paired: bool = False) -> None:
         self._sum = torch.zeros(in_features, in_features, device=device)
-        self.tokens = 0  # tokens that entered the sum
+        self._cross = torch.zeros_like(self._sum) if paired else None
+        self._weight = 0.0  # Σ g, in float64: exact for the count of unweighted tokens
+        self.tokens = 0  # tokens that entered the sums
         self.dropped = 0  # tokens left out because an entry was not finite
 
-    def add_(self, x: Tensor, valid: Tensor | None = None) -> None:
-        """Add the inputs `x` [..., K] of a layer.
+    def add_(
+        self, x: Tensor, valid: Tensor | None = None, weights: Tensor | None = None, reference: Tensor | None = None
+    ) -> None:
+        """Add the inputs `x` [..., K] of a layer; a token that is not finite, here or there, is in neither sum.
 
         Args:
             x: activations, any float dtype; every leading dimension counts tokens.
             valid: bool, one entry per token in the order of `x`; False marks padding. None: all are valid.
+            weights: g, float, one entry per token in the order of `x`; a token of weight 0 does not count at all.
+                None: all weigh 1.
+            reference: the inputs of the same tokens in the original model, as `x`; given always or, unpaired, never.
+
+        Raises:
+            CalibrationError: a weight is negative or not finite.
         """
+        assert (reference is None) == (self._cross is None), "a paired sum takes a reference with every batch"
         x = x.detach().reshape(-1, x.shape[-1])
-        if valid is not None:
-            x = x[valid.reshape(-1)]
+        reference = None if reference is None else reference.detach().reshape(x.shape)
+        g = None if weights is None else _checked(weights.detach().reshape(-1))
+        keep = None if valid is None else valid.reshape(-1)
+        if g is not None:
+            keep = g > 0 if keep is None else keep & (g > 0)
+        if keep is not None:
+            x, reference, g = _rows(keep, x, reference, g)
         # float32 before the product: float16 overflows at inputs of 256, bfloat16 would round every product
         x = x.float()
+        shift = None if reference is None else reference.float() - x
         finite = x.isfinite().all(dim=1)
+        if shift is not None:
+            finite &= shift.isfinite().all(dim=1)
         if not finite.all():
             self.dropped += int((~finite).sum())
-            x = x[finite]
-        self._sum.addmm_(x.T, x)
+            x, shift, g = _rows(finite, x, shift, g)
         self.tokens += x.shape[0]
+        self._weight += x.shape[0] if g is None else float(g.double().sum())
+        if g is not None:  # half of each weight on either side keeps the sum symmetric and positive semidefinite
+            root = g.float().sqrt()[:, None]
+            x = x * root
+            shift = None if shift is None else shift * root
+        self._sum.addmm_(x.T, x)
+        if self._cross is not None and shift is not None:
+            self._cross.addmm_(shift.T, x)
 
     def mean(self, where: str) -> Tensor:
-        """Return H = 2 X Xᵀ / T, float32 [K, K]; `where` names the layer in errors.
+        """Return H = 2 Σ g x xᵀ / Σ g, float32 [K, K]; `where` names the layer in errors.
 
         Raises:
             CalibrationError: no token arrived, or more than 1 % of them were not finite.
         """
+        return self._sum * self._scale(where)
+
+    def cross(self, where: str) -> Tensor:
+        """Return D = 2 Σ g (x_ref - x) xᵀ / Σ g, float32 [K, K], of a paired sum; errors as for `mean`."""
+        assert self._cross is not None, "only a paired sum has a cross term"
+        return self._cross * self._scale(where)
+
+    def _scale(self, where: str) -> float:
+        """Return 2 / Σ g once the tokens are enough and sound."""
         seen = self.tokens + self.dropped
         if self.tokens == 0 or self.dropped > MAX_BAD_TOKENS * seen:
             raise CalibrationError(
@@ -58,7 +97,24 @@ class HessianSum:
                 if seen
                 else f"{where}: no calibration token reaches this layer; exclude it with --ignore"
             )
-        return self._sum * (2.0 / self.tokens)
+        return 2.0 / self._weight
+
+
+def _checked(weights: Tensor) -> Tensor:
+    """Return `weights` if all are finite and none is negative."""
+    if not ((weights >= 0) & weights.isfinite()).all():
+        bad = weights[~((weights >= 0) & weights.isfinite())]
+        raise CalibrationError(
+            f"{bad.numel()} of {weights.numel()} token weights are negative or not finite (first {bad[0].item():g}); "
+            "use numbers from 0 up"
+        )
+    return weights
+
+
+def _rows(keep: Tensor, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the entries of each tensor at which the bool `keep` [T] holds; None stays None."""
+    first, second = (None if other is None else other[keep] for other in others)
+    return x[keep], first, second
 
 
 @dataclass(frozen=True)
@@ -68,6 +124,34 @@ class Factor:
     r: Tensor
     damp_percent: float
     remedies: tuple[str, ...]
+
+
+def symmetric(h: Tensor) -> Tensor:
+    """Return ``(H + Hᵀ) / 2`` of `h` float32 [K, K], in new memory.
+
+    Raises:
+        SolverError: `h` holds NaN or infinity.
+    """
+    if not all_finite(h):
+        raise SolverError("the Hessian holds NaN or infinite entries")
+    return (h + h.T.contiguous()).mul_(0.5)  # reading h by columns would take three times as long
+
+
+def all_finite(x: Tensor) -> bool:
+    """Return whether `x` holds no NaN or infinity, which a finite sum shows without a second tensor of its size."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def damped(h: Tensor, damp_percent: float, dtype: torch.dtype) -> Tensor:
+    """Return ``H + λI`` of the symmetric `h` [K, K] in `dtype`, in new memory; λ = `damp_percent` · mean(diag H).
+
+    Inputs that never occur (H_jj = 0) get H_jj = 1: uncorrelated with everything, hence rounded to nearest.
+    """
+    diagonal = h.diagonal()
+    result = h.to(dtype, copy=True)
+    shift = damp_percent * diagonal.mean().item()
+    result.diagonal().copy_(torch.where(diagonal == 0, 1.0, diagonal).to(dtype) + shift)
+    return result
 
 
 def factorize(h: Tensor, damp_percent: float) -> Factor | None:
@@ -91,21 +175,14 @@ def factorize(h: Tensor, damp_percent: float) -> Factor | None:
     """
     if not 0 < damp_percent <= _MAX_DAMP:
         raise SolverError(f"damp_percent is {damp_percent}; use a share of the mean diagonal above 0 and up to 1")
-    if not h.isfinite().all():
-        raise SolverError("the Hessian holds NaN or infinite entries")
-    h = 0.5 * (h + h.T)
-    diagonal = h.diagonal().clone()
-    if diagonal.min() < 0:
+    h = symmetric(h)
+    if h.diagonal().min() < 0:
         return None
-    mean = diagonal.mean().item()
-    dead = diagonal == 0
     remedies: list[str] = []
     for damp, dtype in _rungs(damp_percent):
         if dtype == torch.float64:
             remedies.append(f"float64 factorization, damping {damp:g}")
-        damped = h.to(dtype)
-        damped.diagonal().copy_(torch.where(dead, 1.0, diagonal).to(dtype) + damp * mean)
-        r = _upper_factor(damped)
+        r = _upper_factor(damped(h, damp, dtype))
         if r is not None:
             return Factor(r.float(), damp, tuple(remedies))
     return None
@@ -124,6 +201,6 @@ def _upper_factor(h: Tensor) -> Tensor | None:
     """Return upper triangular R with ``h = R Rᵀ``, or None where h is not positive definite in its precision."""
     lower: Tensor
     lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
-    if info.item() or not lower.isfinite().all():
+    if info.item() or not all_finite(lower):
         return None
     return lower.flip(0, 1)

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from llmq.calibration import BUNDLED, Calibration, from_token_lists, load_calibration
+from llmq.calibration import BUNDLED, Calibration, from_token_lists, load_calibration, random_windows
 from llmq.errors import CalibrationError, SpecError
 
 WORDS = 1000
@@ -127,7 +127,7 @@ def test_senseless_sizes_are_refused(text: Path, tokenizer: Any, options: dict[s
         ("empty.jsonl", b"\n", r"empty\.jsonl is empty"),
         ("a.jsonl", b'{"text": "w1"}\n\n{"body": "w2"}', r'a\.jsonl, line 3: no text in a field "text".* body$'),
         ("b.jsonl", b'{"text": 5}', r'b\.jsonl, line 1: no text in a field "text"'),
-        ("c.jsonl", b'["w1"]', r'c\.jsonl, line 1: no text in a field "text"; not an object'),
+        ("c.jsonl", b'["w1"]', r"c\.jsonl, line 1: not an object but \"\['w1'\]\""),
         ("d.jsonl", b'{"text": "w1"}\n{"text"', r"d\.jsonl, line 2: not JSON"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value and "\\" not in value else "",
@@ -293,3 +293,42 @@ def test_the_mask_is_part_of_the_fingerprint() -> None:
 def test_empty_token_lists_are_refused(lists: list[list[int]], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         from_token_lists(lists, pad_token_id=0, source="chats")
+
+
+# --- windows of random tokens
+
+
+def test_random_windows_cover_the_vocabulary_and_keep_the_bos() -> None:
+    ids = torch.full((16, 256), 7)
+    ids[:, 0] = 3
+    ids[:, 1:] += torch.arange(255)[None] % 5
+    found = random_windows(Calibration(ids, None, "x", "y"), 0.25, 50, seed=0)
+    assert found is not None
+    assert found.input_ids.shape == (4, 256)
+    assert (found.input_ids[:, 0] == 3).all()
+    assert set(found.input_ids[:, 1:].flatten().tolist()) == set(range(50))
+    again = random_windows(Calibration(ids, None, "x", "y"), 0.25, 50, seed=0)
+    other = random_windows(Calibration(ids, None, "x", "y"), 0.25, 50, seed=1)
+    assert again is not None
+    assert other is not None
+    assert torch.equal(found.input_ids, again.input_ids)
+    assert not torch.equal(found.input_ids, other.input_ids)
+
+
+def test_random_windows_begin_anyhow_where_text_does() -> None:
+    ids = torch.arange(64).reshape(4, 16)
+    found = random_windows(Calibration(ids, None, "x", "y"), 1.0, 1000, seed=0)
+    assert found is not None
+    assert len(set(found.input_ids[:, 0].tolist())) > 1
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, None), (0.01, 1), (0.5, 4), (1.0, 8)])
+def test_share_of_random_windows(share: float, count: int | None) -> None:
+    found = random_windows(Calibration(torch.zeros(8, 4, dtype=torch.int64), None, "x", "y"), share, 9, seed=0)
+    assert (None if found is None else len(found.input_ids)) == count
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_impossible_share_of_random_windows(share: float) -> None:
+    with pytest.raises(SpecError, match="random windows"):
+        random_windows(Calibration(torch.zeros(8, 4, dtype=torch.int64), None, "x", "y"), share, 9, seed=0)

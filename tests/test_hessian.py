@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.errors import CalibrationError, SolverError
@@ -134,6 +136,146 @@ def test_no_tokens_are_an_error() -> None:
     empty.add_(whole(2, 3), torch.tensor([False, False]))
     with pytest.raises(CalibrationError, match="no calibration token"):
         empty.mean("layer")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def weighted(
+    x: Tensor, weights: Tensor | None, valid: Tensor | None = None, reference: Tensor | None = None
+) -> HessianSum:
+    total = HessianSum(x.shape[-1], CPU, paired=reference is not None)
+    total.add_(x, valid, weights, reference)
+    return total
+
+
+def expected_weighted(x: Tensor, weights: Tensor, left: Tensor | None = None) -> Tensor:
+    """Return 2 Σ g l xᵀ / Σ g, float64, token by token; `left` is x itself by default."""
+    x, g = x.reshape(-1, x.shape[-1]).double(), weights.flatten().double()
+    left = x if left is None else left.reshape(x.shape).double()
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for i in range(len(x)):
+        total += g[i] * left[i][:, None] * x[i]
+    return 2 * total / g.sum()
+
+
+@given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 40), st.booleans(), st.booleans())
+def test_weights_are_what_the_definition_says(seed: int, k: int, tokens: int, paired: bool, masked: bool) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x, reference = torch.randn(2, tokens, k, generator=draw)
+    g = torch.rand(tokens, generator=draw) ** 4 * 100
+    g[torch.rand(tokens, generator=draw) < 0.3] = 0
+    g[0] = 2.5
+    valid = torch.rand(tokens, generator=draw) < 0.7 if masked else torch.ones(tokens, dtype=torch.bool)
+    valid[0] = True
+    total = HessianSum(k, CPU, paired=paired)
+    for part in torch.arange(tokens).split(7):
+        total.add_(x[part], valid[part] if masked else None, g[part], reference[part] if paired else None)
+    assert total.tokens == int((valid & (g > 0)).sum())
+    h = total.mean("x")
+    assert torch.equal(h, h.T)
+    # every entry is a sum of `tokens` products with five roundings each, bounded by Cauchy-Schwarz as in check_factor
+    close = (tokens + 6) * U
+    wanted = expected_weighted(x, g * valid)
+    root = wanted.diagonal().sqrt()
+    assert ((h - wanted).abs() <= close * root * root[:, None]).all()
+    if paired:
+        shift = reference.double() - x.double()
+        norm = expected_weighted(shift, g * valid).diagonal().sqrt()
+        # the difference itself is rounded once, relative to its larger term
+        larger = norm + root + expected_weighted(reference, g * valid).diagonal().sqrt()
+        wanted = expected_weighted(x, g * valid, shift)
+        assert ((total.cross("x") - wanted).abs() <= close * larger[:, None] * root).all()
+
+
+def test_weight_one_is_no_weight_to_the_bit() -> None:
+    x = torch.randn(300, 7, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(weighted(x, torch.ones(300)).mean("x"), weighted(x, None).mean("x"))
+    y = x + 1
+    both = [weighted(x, g, reference=y).cross("x") for g in (torch.ones(300), None)]
+    assert torch.equal(*both)
+
+
+def test_only_ratios_of_weights_matter() -> None:
+    x, g = whole(64, 5), torch.rand(64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(weighted(x, g).mean("x"), weighted(x, g * 2.0**40).mean("x"))
+
+
+def test_a_token_of_whole_weight_counts_so_often() -> None:
+    x = whole(6, 5)
+    g = torch.tensor([4.0, 1.0, 0.0, 9.0, 1.0, 1.0])  # squares: their roots are exact
+    repeated = x.repeat_interleave(g.long(), dim=0)
+    assert torch.equal(weighted(x, g).mean("x").double(), expected(repeated))
+
+
+def test_tokens_of_no_weight_do_not_count_whatever_they_hold() -> None:
+    x, g = whole(2, 64, 5), torch.ones(2, 64)
+    x[1, 32:], g[1, 32:] = float("nan"), 0.0
+    total = weighted(x, g)
+    assert (total.tokens, total.dropped) == (96, 0)
+    assert torch.equal(total.mean("x"), weighted(x.reshape(128, 5)[:96], None).mean("x"))
+
+
+def test_a_mask_goes_before_weights() -> None:
+    x, g = whole(4, 8, 5), torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
+    valid = torch.rand(4, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+    assert torch.equal(weighted(x, g, valid).mean("x"), weighted(x[valid], g[valid]).mean("x"))
+
+
+def test_weights_of_any_float_type_are_taken() -> None:
+    x, g = whole(8, 5), torch.tensor([4.0, 1.0, 0.0, 9.0, 1.0, 1.0, 16.0, 1.0])
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert torch.equal(weighted(x.half(), g.to(dtype)).mean("x"), weighted(x, g).mean("x"))
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")], ids=str)
+def test_weights_that_are_none_are_refused(bad: float) -> None:
+    g = torch.ones(8)
+    g[3] = bad
+    with pytest.raises(CalibrationError, match=rf"1 of 8 token weights are negative or not finite \(first {bad:g}\)"):
+        weighted(whole(8, 5), g)
+
+
+def test_all_weights_zero_are_no_tokens() -> None:
+    with pytest.raises(CalibrationError, match="no calibration token"):
+        weighted(whole(8, 5), torch.zeros(8)).mean("layer")
+
+
+def test_the_cross_term_is_what_is_missing_times_the_input() -> None:
+    x, reference = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 1.0]])
+    assert torch.equal(weighted(x, None, reference=reference).cross("x"), torch.tensor([[2.0, 6.0], [-4.0, -12.0]]))
+    assert not weighted(x, None, reference=x).cross("x").any()
+
+
+def test_halves_are_subtracted_in_float32() -> None:
+    # bfloat16 would round 256 - 1.0078125 to 255
+    x, reference = torch.tensor([[1.0078125]]), torch.tensor([[256.0]])
+    found = weighted(x.bfloat16(), None, reference=reference.bfloat16()).cross("x")
+    assert found.item() == 2 * 254.9921875 * 1.0078125
+
+
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_a_pair_with_a_token_that_is_not_finite_is_in_neither_sum(where: str) -> None:
+    x, reference = whole(2, 64, 5), whole(2, 64, 5, seed=1)
+    (x if where == "here" else reference)[1, 30, 2] = float("inf")
+    total = weighted(x, torch.ones(2, 64), reference=reference)
+    assert (total.tokens, total.dropped) == (127, 1)
+    kept = torch.ones(2, 64, dtype=torch.bool)
+    kept[1, 30] = False
+    clean = weighted(x[kept], None, reference=reference[kept])
+    assert torch.equal(total.mean("x"), clean.mean("x"))
+    assert torch.equal(total.cross("x"), clean.cross("x"))
+
+
+def test_pairs_have_the_plain_hessian() -> None:
+    x = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(weighted(x, None, reference=x + 1).mean("x"), weighted(x, None).mean("x"))
+
+
+def test_the_cross_term_checks_its_tokens_too() -> None:
+    x = torch.full((1, 3), float("nan"))
+    with pytest.raises(CalibrationError, match="layer: 1 of 1 "):
+        weighted(x, None, reference=x).cross("layer")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
