@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ _OWNED = ("qweight", "qzeros", "scales", "g_idx")  # local names that only packe
 
 
 def load(
-    model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    model: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    adapter: str | Path | None = None,
 ) -> PreTrainedModel:
     """Return the causal language model in folder or hub id `model`, packed layers packed, in eval mode.
 
@@ -44,6 +49,7 @@ def load(
         model: a packed or dense checkpoint folder, or a hub id.
         dtype: dtype of activations and dense weights; None: the checkpoint's own.
         device: where to put it; None: the CPU.
+        adapter: a LoRA adapter folder to put on it, such as `llmq adapter` writes; needs peft.
 
     Raises:
         CheckpointError: the folder is not a checkpoint, or its tensors do not fit its configuration.
@@ -53,6 +59,8 @@ def load(
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype or "auto", device_map=None if device is None else {"": device}
     )
+    if adapter is not None:
+        loaded.load_adapter(str(adapter))
     return loaded
 
 
@@ -62,12 +70,20 @@ def enable() -> None:
     _PREVIOUS.setdefault("quantizer", auto.AUTO_QUANTIZER_MAPPING[_METHOD])
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = StoredConfig
     auto.AUTO_QUANTIZER_MAPPING[_METHOD] = PackedQuantizer
+    if find_spec("peft") is not None:
+        from llmq import lora
+
+        lora.enable()
 
 
 def disable() -> None:
     """Give GPTQ checkpoints back to transformers' own loader."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = _PREVIOUS["config"]
     auto.AUTO_QUANTIZER_MAPPING[_METHOD] = _PREVIOUS["quantizer"]
+    if find_spec("peft") is not None:
+        from llmq import lora
+
+        lora.disable()
 
 
 class StoredConfig(QuantizationConfigMixin):
@@ -139,7 +155,7 @@ class PackedQuantizer(HfQuantizer):
         infos = tensor_infos(checkpoint_files or [])
         packed = file_names(model, infos, packed_suffix=".qweight")
         spec = self.quantization_config.spec
-        _check_headers(model, infos, packed, spec)
+        check_headers(model, infos, packed, spec)
         for weight_name, qweight in packed.items():
             name = weight_name.removesuffix(".weight")
             parent_name, _, local = name.rpartition(".")
@@ -163,7 +179,7 @@ class PackedQuantizer(HfQuantizer):
         return model
 
 
-def _check_headers(
+def check_headers(
     model: PreTrainedModel, infos: dict[str, TensorInfo], packed: dict[str, str], spec: QuantSpec
 ) -> None:
     """Check that the files hold whole packed layers of the right shapes, and no packed tensors besides.
