@@ -3,82 +3,45 @@
 This is the only module that knows the order of events. One block is in memory at a time. Within it, each stage (the
 linears that see one input) is run on what the stages before it, already quantized, let through; after the block the
 hidden states of all calibration batches have moved on, errors included, so later layers can answer for earlier ones.
+Recipes that ask for it send a second stream through the original blocks, to compare with.
 """
 
 from __future__ import annotations
 
-import re
+import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmq import environment
-from llmq.calibration import Calibration, load_calibration
-from llmq.checkpoint import CONFIG, FOREIGN_WEIGHTS, INDEX, CheckpointReader, CheckpointWriter, check_free
+from llmq.calibration import Calibration, load_calibration, random_windows, split_held_out
+from llmq.checkpoint import CheckpointWriter, check_free
 from llmq.errors import SolverError, SpecError
 from llmq.families import Linear
-from llmq.preflight import Job, check_calibration, check_output, check_weights, prepare
+from llmq.guidance import token_weights, winsorize
+from llmq.layers import Observed, Twin, measure, solve_stage
+from llmq.loading import Loader
+from llmq.output import quantization_config, side_files
+from llmq.preflight import Job, check_calibration, check_output, check_weights, prepare, vocabulary
 from llmq.recipe import Recipe
-from llmq.refine import refine
+from llmq.report import FALLBACKS, REPORT, LayerReport, Progress, Report
+from llmq.rewriting import Rewriter
 from llmq.stream import Stage, Stream
-from llmq.types import QuantizedWeight, Solution
+from llmq.tune.block import BlockRates, Site, tune_block
+from llmq.tune.model import Model, ModelRates, tune_model
+from llmq.tune.tunable import TunableLinear, put
+from llmq.types import QuantizedWeight
 
-REPORT = "report.json"
+__all__ = ["LayerReport", "Progress", "Report", "quantize"]
 
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to one linear layer."""
-
-    name: str
-    block: int
-    out_features: int
-    in_features: int
-    tokens: int  # calibration tokens in its Hessian; 0 if the method uses none
-    dropped_tokens: int  # left out because an input was not finite
-    loss: float | None  # tr(E H Eᵀ), H = 2 X Xᵀ / T: twice the squared output error per token
-    relative_loss: float | None  # that over tr(W H Wᵀ)
-    weight_error: float  # ‖W - Q‖ / ‖W‖
-    damp_percent: float
-    remedies: tuple[str, ...]
-
-
-@dataclass
-class Report:
-    """What `quantize` did, written to report.json in the output folder."""
-
-    versions: dict[str, str]
-    machine: dict[str, object]
-    source: str
-    recipe: dict[str, object]
-    calibration: dict[str, object] | None
-    layers: list[LayerReport] = field(default_factory=list)
-    dense: dict[str, object] = field(default_factory=dict)
-    files: dict[str, list[str]] = field(default_factory=dict)
-    bytes: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as what JSON can hold."""
-        return asdict(self)
-
-
-class Progress(NamedTuple):
-    """How far a run is: `done` of `total` linear layers; `layer` is set when one has just been finished."""
-
-    phase: str
-    done: int
-    total: int
-    block: int
-    blocks: int
-    layer: LayerReport | None = None
+# Gradient steps see this many tokens, a compromise between many steps and quiet ones.
+_TOKENS_PER_STEP = 2048
+_GUIDANCE_CAP = 0.99  # quantile above which the end-loss weights of tokens are cut off: their tails are heavy
 
 
 def quantize(
@@ -110,15 +73,17 @@ def quantize(
     run = _Run(prepare(model, recipe), torch.device(device), progress)
     with CheckpointWriter(output, recipe.shard_bytes, force=force) as writer:
         check_output(run.job, Path(output))
-        if run.job.solver.calibrated:
+        if run.job.calibrated:
             with run.timed("calibration"):
                 run.load_calibration(calibration)
         with run.timed("check"):
             check_weights(run.job, lambda name: run.tell("checking weights"))
-        stream = run.start_stream()
+        run.start_streams()
         for index in range(len(run.job.structure.blocks)):
-            _quantize_block(run, index, stream, writer)
+            _quantize_block(run, index, writer)
         run.check_fallbacks()
+        if recipe.tune_epochs:
+            _tune_model(run, writer)
         _finish(run, writer)
     return run.report
 
@@ -129,10 +94,17 @@ class _Run:
     def __init__(self, job: Job, device: torch.device, progress: Callable[[Progress], None]) -> None:
         self.job = job
         self.device = device
+        self.loader = Loader(job, device)
+        self.rewriter = Rewriter(job)
         self.calibration: Calibration | None = None
-        self.written: set[str] = (
-            set()
-        )  # names in the source's files whose tensors are in the output, packed or as they were
+        self.random: Calibration | None = None  # windows of random tokens, which train along
+        self.held_out: Calibration | None = None
+        self.stream: Stream | None = None  # through the blocks as they are quantized
+        self.reference: Stream | None = None  # through the original blocks
+        self.start: Stream | None = None  # where both began
+        self.token_weights: dict[str, Tensor] = {}  # by linear [groups, S, L]; empty: all tokens count alike
+        self.weights: dict[str, QuantizedWeight] = {}  # of the blocks that are not written yet
+        self.written: set[str] = set()  # names in the source's files whose tensors are in the output, packed or not
         self.stage_names: list[list[str]] = []  # within a block, for config.json
         self.block = 0
         self._progress = progress
@@ -143,6 +115,11 @@ class _Run:
             recipe=job.recipe.model_dump(mode="json"),
             calibration=None,
         )
+
+    @property
+    def parts(self) -> list[Calibration]:
+        """All windows, in the order of the streams."""
+        return [part for part in (self.calibration, self.random, self.held_out) if part is not None]
 
     def tell(self, phase: str, layer: LayerReport | None = None) -> None:
         """Report progress."""
@@ -160,59 +137,78 @@ class _Run:
     def load_calibration(self, given: Calibration | None) -> None:
         """Set the calibration windows: those given, or the recipe's."""
         recipe = self.job.recipe
-        self.calibration = given or load_calibration(
+        whole = given or load_calibration(
             recipe.calibration,
             _tokenizer(self.job),
             num_samples=recipe.num_samples,
             seq_len=recipe.seq_len,
             seed=recipe.seed,
+            response_only=recipe.response_only,
         )
-        check_calibration(self.job, self.calibration)
-        samples, seq_len = self.calibration.input_ids.shape
+        check_calibration(self.job, whole)
+        samples, seq_len = whole.input_ids.shape
+        # a single window cannot be split, and one that judges itself judges nothing
+        share = recipe.held_out if samples > 1 else 0.0
+        self.calibration, self.held_out = split_held_out(whole, share, recipe.seed)
+        if not recipe.response_only:  # random tokens answer nothing
+            self.random = random_windows(whole, recipe.random_windows, vocabulary(self.job), recipe.seed)
         self.report.calibration = {
-            "source": self.calibration.source,
+            "source": whole.source,
             "samples": samples,
+            "random_samples": 0 if self.random is None else self.random.input_ids.shape[0],
+            "held_out_samples": 0 if self.held_out is None else self.held_out.input_ids.shape[0],
             "seq_len": seq_len,
-            "tokens": self.calibration.tokens,
-            "fingerprint": self.calibration.fingerprint,
+            "tokens": whole.tokens,
+            "fingerprint": whole.fingerprint,
         }
 
-    def start_stream(self) -> Stream | None:
-        """Return the hidden states in front of the first block, or None if the solver needs none."""
+    def start_streams(self) -> None:
+        """Set the hidden states in front of the first block, and the weights of tokens, if the recipe needs any."""
         if self.calibration is None:
-            return None
+            return
+        job, recipe = self.job, self.job.recipe
         with self.timed("load"):
-            prefix = f"{self.job.structure.blocks_name}."
-            names = _state_names(self.job.model, self.job.model.base_model)
-            self._materialize(name for name in names if not name.startswith(prefix))
-            self._move_buffers(self.job.model.base_model)
+            self.loader.outer()
+        if recipe.guidance_groups:
+            with self.timed("guidance"):  # of the original model, before it is rewritten
+                self.token_weights = self._guidance()
+        elif recipe.response_only:
+            answers = torch.cat([part.counted for part in self.parts]).float()[None]
+            self.token_weights = {linear.name: answers for linear in job.linears}
+        with self.timed("transform"):
+            self.rewriter.outer()
         with self.timed("forward"):
-            return Stream.start(self.job.model, self.job.structure, self.calibration, self.device)
+            self.stream = Stream.start(
+                job.model,
+                job.structure,
+                self.calibration,
+                self.device,
+                random=self.random,
+                held_out=self.held_out,
+                batch_tokens=_TOKENS_PER_STEP if recipe.tune_steps or recipe.tune_epochs else None,
+            )
+        if job.needs_reference:
+            self.reference, self.start = self.stream.fork(), self.stream.fork()
 
-    def load_block(self, index: int) -> nn.Module:
-        """Return block number `index` with its tensors on the device."""
-        with self.timed("load"):
-            name, block = self.job.structure.blocks_name, self.job.structure.blocks[index]
-            self._materialize(f"{name}.{index}.{key}" for key in block.state_dict())
-            self._move_buffers(block)
-        return block
-
-    def _move_buffers(self, part: nn.Module) -> None:
-        """Bring what `part` computed instead of loading (rotary frequencies, scales of embeddings) to the device."""
-        for module in part.modules():
-            for key, buffer in module.named_buffers(recurse=False):
-                setattr(module, key, buffer.to(self.device))
-
-    def _materialize(self, names: Iterable[str]) -> None:
-        """Read the tensors of these names from the files into the model."""
-        from accelerate.utils import set_module_tensor_to_device
-
-        for name in names:
-            if name not in self.job.names:
-                continue  # tied to another tensor, or a buffer that is computed
-            tensor = self.job.source.read(self.job.names[name])
-            dtype = self.job.dtype if tensor.is_floating_point() else tensor.dtype
-            set_module_tensor_to_device(self.job.model, name, self.device, value=tensor, dtype=dtype)
+    def _guidance(self) -> dict[str, Tensor]:
+        """Return the end-loss weights of all windows, those held out last."""
+        blocks = range(len(self.job.structure.blocks))
+        for index in blocks:
+            self.loader.block(index)
+        found: list[dict[str, Tensor]] = []
+        for part in self.parts:
+            weights = token_weights(
+                self.job.model,
+                self.job.linears,
+                part,
+                groups=self.job.recipe.guidance_groups,
+                loss="self",
+                seed=self.job.recipe.seed,
+            )
+            found.append(winsorize(weights, _GUIDANCE_CAP, part.attention_mask))
+        for index in blocks:
+            self.loader.release(index)
+        return {name: torch.cat([weights[name] for weights in found], dim=1) for name in found[0]}
 
     def check_fallbacks(self) -> None:
         """Stop a run in which too many Hessians were unusable.
@@ -220,126 +216,163 @@ class _Run:
         Raises:
             SolverError: more layers than the recipe allows ended rounded to nearest.
         """
-        lost = [layer.name for layer in self.report.layers if "round to nearest" in layer.remedies]
+        lost = [layer.name for layer in self.report.layers if FALLBACKS & set(layer.remedies)]
         allowed = self.job.recipe.max_fallback
         if len(lost) > allowed * len(self.report.layers):
             raise SolverError(
                 f"{len(lost)} of {len(self.report.layers)} layers have a Hessian that no damping repairs (first "
-                f"{lost[0]}) and would be rounded to nearest; check the calibration data, or raise max_fallback"
+                f"{lost[0]}) and would do without; check the calibration data, or raise max_fallback"
             )
 
 
-def _quantize_block(run: _Run, index: int, stream: Stream | None, writer: CheckpointWriter) -> None:
-    """Quantize all linears of one block, write its tensors, and move the hidden states past it."""
-    run.block = index
-    block = run.load_block(index)
-    linears = run.job.structure.linears[index]
+def _quantize_block(run: _Run, index: int, writer: CheckpointWriter) -> None:
+    """Quantize all linears of one block, move the hidden states past it, and write it unless it is tuned later."""
+    job, stream, run.block = run.job, run.stream, index
+    with run.timed("load"):
+        block = run.loader.block(index)
+    linears, prefix = job.structure.linears[index], f"{job.structure.blocks_name}.{index}."
+    if stream is not None:
+        with run.timed("transform"):
+            run.rewriter.block(block, index, stream)
+    originals = {linear.name: linear.weight.clone() for linear in linears} if job.recipe.tune_steps else {}
+    seen: Observed | None = None
+    twins: dict[int, Twin] = {}
     if stream is None:
         stages = [Stage([linear], calls=0) for linear in linears]
     else:
         with run.timed("forward"):
             stages = stream.stages(block, index, linears)
-    prefix = f"{run.job.structure.blocks_name}.{index}."
+            seen = Observed(stream, block, index)
+            if run.reference is not None:
+                seen, twins = _with_reference(run, seen, stages, prefix)
     names = [[linear.name.removeprefix(prefix) for linear in stage.linears] for stage in stages]
     run.stage_names.extend(stage for stage in names if stage not in run.stage_names)
-    for stage in stages:
-        _quantize_stage(run, index, stage, stream, writer)
-    with run.timed("write"):
-        for key in block.state_dict():
-            file_name = run.job.names.get(prefix + key)
-            if file_name is not None and file_name not in run.written:
-                writer.add({file_name: run.job.source.read(file_name)})
-                run.written.add(file_name)
+    for number, stage in enumerate(stages):
+        _quantize_stage(run, index, stage, seen, twins.get(number))
+    if seen is not None and run.reference is not None and seen.original is not None and not twins:
+        with run.timed("forward"):
+            run.reference.advance(seen.original, index)
+    if originals:
+        _tune_block(run, block, index, prefix, originals)
     if stream is not None:
         with run.timed("forward"):
             stream.advance(block, index)
-    block.to("meta")
+    if job.recipe.tune_epochs:
+        put(block, prefix, {x.name: TunableLinear(x, run.weights[x.name]) for x in linears})
+    else:
+        _write_block(run, index, writer)
+        run.loader.release(index)
 
 
-def _quantize_stage(run: _Run, index: int, stage: Stage, stream: Stream | None, writer: CheckpointWriter) -> None:
-    """Solve the linears of one stage together, put the results back into the block, and write them packed."""
-    job = run.job
-    h, tokens, dropped = None, 0, 0
-    if stream is not None:
-        with run.timed("forward"):
-            total = stream.hessian(job.structure.blocks[index], index, stage)
-            h, tokens, dropped = total.mean(stage.linears[0].name), total.tokens, total.dropped
-    for linear, solution in zip(stage.linears, _solve(run, stage, h), strict=True):
-        with run.timed("write"):
-            packed = job.format.pack(solution.weight, job.spec)
+def _with_reference(run: _Run, seen: Observed, stages: list[Stage], prefix: str) -> tuple[Observed, dict[int, Twin]]:
+    """Return `seen` with a copy of the block as it is, and the stages in that copy where inputs are to be paired."""
+    original = copy.deepcopy(seen.block)
+    seen = Observed(seen.stream, seen.block, seen.index, run.reference, original)
+    if not run.job.paired:
+        return seen, {}
+    twins = {}
+    for number, stage in enumerate(stages):
+        first = stage.linears[0]
+        module = original.get_submodule(first.name.removeprefix(prefix))
+        twin = Stage([Linear(first.name, module, first.transposed)], stage.calls)
+        twins[number] = Twin(twin, last=number == len(stages) - 1)
+    return seen, twins
+
+
+def _quantize_stage(run: _Run, index: int, stage: Stage, seen: Observed | None, twin: Twin | None) -> None:
+    """Solve the linears of one stage and put the results back into the block."""
+    with run.timed("forward"):
+        problems = measure(
+            seen, stage, twin, {x.name: run.token_weights[x.name] for x in stage.linears if run.token_weights}
+        )
+    with run.timed("solve"):
+        for layer in solve_stage(run.job, index, problems):
+            layer.linear.weight.copy_(layer.weight.dequantize())
+            run.weights[layer.linear.name] = layer.weight
+            run.report.layers.append(layer.report)
+            run.tell("solve", layer.report)
+
+
+def _tune_block(run: _Run, block: nn.Module, index: int, prefix: str, originals: dict[str, Tensor]) -> None:
+    """Move codes and scales of a solved block by gradients, and put the results back into it."""
+    assert run.stream is not None, "tuning is calibrated"
+    assert run.reference is not None, "tuning compares with the original"
+    layers = {x.name: (x, originals[x.name], run.weights[x.name]) for x in run.job.structure.linears[index]}
+    with run.timed("tune blocks"):
+        site = Site(block, index, prefix, run.stream, run.reference.hidden)
+        tuned, report = tune_block(site, layers, BlockRates(run.job.recipe.tune_steps), run.job.recipe.seed)
+        for name, (linear, _, _) in layers.items():
+            linear.weight.copy_(tuned[name].dequantize())
+    run.weights |= tuned
+    run.report.tuning.append(report)
+
+
+def _tune_model(run: _Run, writer: CheckpointWriter) -> None:
+    """Move the scales, norms and biases of the quantized model by gradients, and write its blocks."""
+    job, structure = run.job, run.job.structure
+    assert run.start is not None, "tuning is calibrated"
+    assert run.reference is not None, "tuning compares with the original"
+    layers: dict[str, TunableLinear] = {}
+    for block in structure.blocks:
+        layers |= {m.name: m for m in block.modules() if isinstance(m, TunableLinear)}
+    with run.timed("tune model"):
+        model = Model(job.model, structure, layers, job.stored_dtype)
+        weights, report = tune_model(
+            model, run.start, run.reference.hidden, ModelRates(job.recipe.tune_epochs), job.recipe.seed
+        )
+    run.weights |= weights
+    run.report.tuning.append(report)
+    if report.kept_step:
+        run.rewriter.changed |= set(model.vectors)
+    for index in range(len(structure.blocks)):
+        _write_block(run, index, writer)
+
+
+def _write_block(run: _Run, index: int, writer: CheckpointWriter) -> None:
+    """Write the packed weights of a block and everything else in it."""
+    job, prefix = run.job, f"{run.job.structure.blocks_name}.{index}."
+    with run.timed("write"):
+        for linear in job.structure.linears[index]:
+            packed = job.format.pack(run.weights.pop(linear.name), job.spec)
             original = job.names[f"{linear.name}.weight"]
             writer.add({f"{original.removesuffix('weight')}{local}": tensor for local, tensor in packed.items()})
             run.written.add(original)
-        layer = _layer_report(linear, index, solution, h, (tokens, dropped))
-        linear.weight.copy_(solution.weight.dequantize())
-        run.report.layers.append(layer)
-        run.tell("solve", layer)
+        _write_dense(run, writer, [name for name in job.names if name.startswith(prefix)])
 
 
-def _solve(run: _Run, stage: Stage, h: Tensor | None) -> list[Solution]:
-    """Return the solution of each linear; rows are independent, so all are stacked into one problem."""
-    job = run.job
-    options = {name: getattr(job.recipe, name) for name in job.solver.options}
-    rows = [linear.shape[0] for linear in stage.linears]
-    weights = torch.cat([linear.weight.float() for linear in stage.linears])
-    with run.timed("solve"):
-        try:
-            solved = job.solver.run(weights, h, job.grid, job.spec.group_columns(weights.shape[1]), **options)
-        except SolverError as error:
-            raise SolverError(f"{stage.linears[0].name}: {error}") from error
-    whole = solved.weight
-    if h is not None and solved.damp_percent > 0:  # 0: the Hessian was unusable
-        with run.timed("refine"):
-            damped = h.clone()  # H is K² numbers: no identity matrix beside it
-            damped.diagonal().add_(solved.damp_percent * h.diagonal().mean())
-            whole = refine(whole, weights, damped, job.recipe.refine_rounds)
-    parts = zip(whole.codes.split(rows), whole.scales.split(rows), whole.zeros.split(rows), strict=True)
-    return [
-        Solution(QuantizedWeight(*part, whole.grid, whole.group_size), solved.damp_percent, solved.remedies)
-        for part in parts
-    ]
-
-
-def _layer_report(
-    linear: Linear, block: int, solution: Solution, h: Tensor | None, tokens: tuple[int, int]
-) -> LayerReport:
-    """Return what the solution lost; `linear` still holds the original weight."""
-    weight = linear.weight.float()
-    error = weight - solution.weight.dequantize()
-    loss = relative = None
-    if h is not None:
-        loss = float(((error @ h) * error).sum())
-        energy = float(((weight @ h) * weight).sum())
-        relative = loss / energy if energy else 0.0
-    norm = float(weight.norm())
-    return LayerReport(
-        linear.name,
-        block,
-        *linear.shape,
-        *tokens,
-        loss,
-        relative,
-        float(error.norm()) / norm if norm else 0.0,
-        solution.damp_percent,
-        solution.remedies,
-    )
+def _write_dense(run: _Run, writer: CheckpointWriter, names: list[str]) -> None:
+    """Write the tensors of these names in the model that are not packed: as they were, or as they have become."""
+    for name in names:
+        file_name = run.job.names[name]
+        if file_name in run.written:
+            continue
+        tensor = run.job.source.read(file_name)
+        if name in run.rewriter.changed:
+            tensor = run.job.model.get_parameter(name).detach().to(tensor.dtype)
+        writer.add({file_name: tensor})
+        run.written.add(file_name)
 
 
 def _finish(run: _Run, writer: CheckpointWriter) -> None:
-    """Copy what was not packed, and close the output with its configuration and the report."""
+    """Write what is outside the blocks, and close the output with its configuration and the report."""
     job, report = run.job, run.report
     with run.timed("write"):
+        _write_dense(run, writer, list(job.names))
+        if run.rewriter.untied:
+            head = job.model.get_output_embeddings().weight
+            name = next(name for name, p in job.model.named_parameters() if p is head)
+            writer.add({name: head.detach().to(job.stored_dtype)})
         rest = [key for key in job.source if key not in run.written]
         for key in rest:
             writer.add({key: job.source.read(key)})
-    known = set(job.names.values())
     report.dense = {
         "ignored_linears": job.structure.ignored,
         "tensors": len(job.source.keys()) - len(job.linears),
+        "rewritten": sorted(run.rewriter.changed),
         "not_in_files": [name for name in job.model.state_dict() if name not in job.names],  # tied, or of another head
-        "not_in_model": [key for key in rest if key not in known],
+        "not_in_model": rest,
     }
-    copies, left_out = _side_files(job.source)
+    copies, left_out = side_files(job.source)
     report.files = {"copied": [path.name for path in copies], "left_out": left_out}
     report.bytes = {
         "source_tensors": sum(job.source.info(key).nbytes for key in job.source),
@@ -349,34 +382,10 @@ def _finish(run: _Run, writer: CheckpointWriter) -> None:
     report.peak_memory_bytes = environment.peak_memory(run.device)
     quantization = quantization_config(job, run.stage_names)
     config = {**job.source.config, "quantization_config": quantization}
+    if run.rewriter.untied:
+        config["tie_word_embeddings"] = False
+    report.transforms = run.rewriter.notes
     writer.finish(config, {"quantize_config.json": quantization, REPORT: report.to_dict()}, copies)
-
-
-def quantization_config(job: Job, stage_names: list[list[str]]) -> dict[str, object]:
-    """Return config.json's quantization_config: what the format says, which modules are packed, how they were made."""
-    recipe = job.recipe
-    made = {"quantizer": [f"llmq:{environment.versions()['llmq']}"], "method": recipe.method}
-    config = {**job.format.config(job.spec), "modules_in_block_to_quantize": stage_names}
-    if job.structure.ignored:  # for GPTQModel and vLLM; "-:" excludes
-        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in job.structure.ignored}
-    if "damp_percent" in job.solver.options:
-        config["damp_percent"] = recipe.damp_percent
-    return {**config, "true_sequential": job.solver.calibrated, "static_groups": True, "meta": made}
-
-
-def _side_files(source: CheckpointReader) -> tuple[list[Path], list[str]]:
-    """Return the files to copy beside the weights, and the names of what is left out."""
-    written_anew = {CONFIG, INDEX, *(source.info(key).file for key in source)}
-    foreign = (*FOREIGN_WEIGHTS, ".safetensors", ".index.json")
-    copies, left_out = [], []
-    for path in sorted(source.path.iterdir()):
-        if path.name in written_anew:
-            continue
-        if path.is_file() and not path.name.endswith(foreign) and path.name != REPORT:
-            copies.append(path)
-        else:
-            left_out.append(path.name)
-    return copies, left_out
 
 
 def _tokenizer(job: Job) -> Any:
@@ -389,9 +398,3 @@ def _tokenizer(job: Job) -> Any:
             f"{job.source.path}: has no usable tokenizer, which calibration text needs "
             f"({' '.join(str(error).split())[:200]}); add tokenizer.json, or use --method rtn"
         ) from error
-
-
-def _state_names(model: nn.Module, part: nn.Module) -> list[str]:
-    """Return the names in `model` of all parameters and stored buffers of its submodule `part`."""
-    prefix = next(name for name, module in model.named_modules() if module is part)
-    return [f"{prefix}.{key}" if prefix else key for key in part.state_dict()]

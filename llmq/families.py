@@ -104,17 +104,23 @@ def find_structure(model: PreTrainedModel, ignore: Iterable[str] = ()) -> Struct
     ignored: list[str] = []
     for index, block in enumerate(blocks):
         linears.append([])
-        for child_name, child in block.named_modules():
-            full = f"{name}.{index}.{child_name}"
-            if not _is_linear(child):
-                continue
-            if any(pattern.search(full) for pattern in patterns):
-                ignored.append(full)
+        for linear in linears_of(block, f"{name}.{index}."):
+            if any(pattern.search(linear.name) for pattern in patterns):
+                ignored.append(linear.name)
             else:
-                linears[-1].append(Linear(full, child, transposed=not isinstance(child, nn.Linear)))
+                linears[-1].append(linear)
     if not any(linears):
         raise SpecError(f"--ignore matches all {len(ignored)} linear layers; nothing is left to quantize")
     return Structure(name, list(blocks), linears, ignored)
+
+
+def linears_of(block: nn.Module, prefix: str) -> list[Linear]:
+    """Return all linear layers of a block, in module order; `prefix` is the block's name and a dot."""
+    return [
+        Linear(prefix + name, child, transposed=not isinstance(child, nn.Linear))
+        for name, child in block.named_modules()
+        if _is_linear(child)
+    ]
 
 
 def _alike(modules: nn.ModuleList) -> bool:

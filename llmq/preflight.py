@@ -45,8 +45,24 @@ class Job:
     structure: Structure
     names: dict[str, str]  # name in the module tree -> name in the source's files
     dtype: torch.dtype  # of the calibration forward pass
+    stored_dtype: torch.dtype  # of what is not packed
     packed_bytes: int  # of the packed layers, all their tensors counted
     output_bytes: int  # of all tensors that will be written
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data are needed."""
+        return self.solver.calibrated
+
+    @property
+    def paired(self) -> bool:
+        """Whether inputs are compared with those in the original model."""
+        return self.solver.calibrated and (self.solver.paired or self.recipe.shift > 0)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a second stream runs through the original blocks."""
+        return self.paired or self.recipe.tune_steps > 0 or self.recipe.tune_epochs > 0
 
     @property
     def linears(self) -> list[Linear]:
@@ -69,10 +85,14 @@ def prepare(model: str | Path, recipe: Recipe) -> Job:
     # a layer that every group size fits: what the format refuses here it refuses everywhere
     if refusal := layout.refuses(spec, 32, 32 * spec.group_columns(32)):
         raise SpecError(refusal)
+    for stage in ("tune_steps", "tune_epochs", "guidance_groups"):
+        if getattr(recipe, stage) and not solver.calibrated:
+            raise SpecError(f"{stage} needs calibration, which method {recipe.method} does without; use --method gptq")
     source = CheckpointReader(resolve(model))
     _check_dense(source)
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else _own_dtype(source)
-    net = skeleton(_model_config(source), dtype)
+    own = _own_dtype(source)
+    dtype = _forward_dtype(recipe, own)
+    net = skeleton(model_config(source), dtype)
     structure = find_structure(net, recipe.ignore)
     names = file_names(net, source.keys())
     _check_complete(net, source, names)
@@ -82,8 +102,12 @@ def prepare(model: str | Path, recipe: Recipe) -> Job:
     packed = sum(_packed_bytes(linear, spec, layout) for linear in linears)
     replaced = {names[f"{linear.name}.weight"] for linear in linears}
     dense = sum(source.info(key).nbytes for key in source if key not in replaced)
-    grid = GRIDS["uniform"](spec.bits, spec.symmetric)
-    return Job(source, recipe, spec, grid, solver, layout, net, structure, names, dtype, packed, packed + dense)
+    if recipe.rotation != "none" and net.config.get_text_config().tie_word_embeddings:
+        head = net.get_output_embeddings().weight
+        assert isinstance(head, Tensor)
+        dense += head.numel() * own.itemsize  # it gets a weight of its own
+    grid = GRIDS["uniform"](spec.bits, spec.symmetric, recipe.sym_range)
+    return Job(source, recipe, spec, grid, solver, layout, net, structure, names, dtype, own, packed, packed + dense)
 
 
 def check_output(job: Job, output: Path) -> None:
@@ -118,14 +142,19 @@ def check_calibration(job: Job, calibration: Calibration) -> None:
             f"{calibration.source}: calibration windows have {length} tokens, the model has {limit} positions; "
             f"use --seq-len {limit} or less"
         )
-    embeddings = job.model.get_input_embeddings().weight
-    assert isinstance(embeddings, Tensor)
-    largest, rows = int(calibration.input_ids.max()), embeddings.shape[0]
+    largest, rows = int(calibration.input_ids.max()), vocabulary(job)
     if largest >= rows:
         raise CalibrationError(
             f"{job.source.path}: the tokenizer gives token {largest}, the model has embeddings for {rows} tokens; "
             "the tokenizer belongs to another model"
         )
+
+
+def vocabulary(job: Job) -> int:
+    """Return how many tokens the model has embeddings for."""
+    embeddings = job.model.get_input_embeddings().weight
+    assert isinstance(embeddings, Tensor)
+    return embeddings.shape[0]
 
 
 def check_weights(job: Job, report: Callable[[str], None]) -> None:
@@ -179,7 +208,7 @@ def _check_dense(source: CheckpointReader) -> None:
         raise SpecError(f"{source.path}: is already quantized ({seen}); start from the original weights")
 
 
-def _model_config(source: CheckpointReader) -> PretrainedConfig:
+def model_config(source: CheckpointReader) -> PretrainedConfig:
     """Return what transformers makes of config.json; code that a checkpoint brings along is never run."""
     from transformers import AutoConfig
 
@@ -202,6 +231,19 @@ def _own_dtype(source: CheckpointReader) -> torch.dtype:
     if not floats:
         raise CheckpointError(f"{source.path}: holds no float tensors")
     return max(floats, key=lambda info: info.nbytes).dtype
+
+
+def _forward_dtype(recipe: Recipe, own: torch.dtype) -> torch.dtype:
+    """Return the dtype that the model is run in; `own` is the checkpoint's.
+
+    Raises:
+        SpecError: the recipe transforms weights, which needs float32, and asks for another dtype.
+    """
+    if recipe.rotation == "none" and recipe.scaling == "none":
+        return own if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    if recipe.dtype not in ("auto", "float32"):
+        raise SpecError(f"rotation and scaling work in float32, not in {recipe.dtype}; use --dtype float32")
+    return torch.float32
 
 
 def _check_complete(model: PreTrainedModel, source: CheckpointReader, names: dict[str, str]) -> None:

@@ -22,23 +22,68 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = Field("gptq", description="solver that picks the codes: gptq, or rtn (to nearest, no calibration)")
+    method: str = Field(
+        "gptq",
+        description="solver that picks the codes: gptq, descent, obq (small layers), weighted_rtn, gptaq, or rtn (no "
+        "calibration)",
+    )
     bits: int = Field(4, description="bits per weight: 2, 3, 4 or 8")
     group_size: int = Field(128, description="columns that share a scale; -1 means one scale per output row")
     sym: bool = Field(True, description="symmetric grid (every engine runs it) or one with zero points (more accurate)")
-    act_order: bool = Field(True, description="gptq: visit inputs by falling energy; groups stay contiguous")
-    damp_percent: float = Field(0.01, gt=0, le=1, description="gptq: share of the mean Hessian diagonal added to it")
-    scale_search: bool = Field(
-        True, description="gptq: shrink each group's span as far as that lowers the weighted error"
+    sym_range: Literal["full", "gptq", "restricted"] = Field(
+        "full", description="what symmetric scales span: full (most accurate), gptq or restricted"
     )
+    order: Literal["natural", "act", "group", "pivot"] = Field(
+        "act",
+        description="gptq, gptaq: order in which inputs are visited: natural, act (by falling energy), group (act, "
+        "group by group) or pivot; groups stay contiguous",
+    )
+    damp_percent: float = Field(0.05, gt=0, le=1, description="gptq: share of the mean Hessian diagonal added to it")
+    scale_search: Literal["hessian", "mse", "none"] = Field(
+        "hessian",
+        description="shrink each group's span as far as that lowers its error: weighted by the Hessian, plain (mse) or "
+        "not at all (none)",
+    )
+    search_norm: float = Field(2.0, gt=0, le=8, description="power of the error that --scale-search mse sums")
     refine_rounds: int = Field(
-        4, ge=0, description="gptq: rounds of refitting scales and re-deciding codes, each kept only if the loss falls"
+        2, ge=0, description="gptq: rounds of refitting scales and re-deciding codes, each kept only if the loss falls"
+    )
+    rotation: Literal["none", "hadamard", "random"] = Field(
+        "none", description="rotate the residual stream and the heads' values, folded into the weights at no cost"
+    )
+    scaling: Literal["none", "smooth", "awq"] = Field(
+        "none", description="move outlier channels' magnitude into the weights, where the solver loses less for it"
+    )
+    magr: float = Field(
+        0.0, ge=0, description="strength of pulling in each group's largest weights before they are solved (MagR)"
+    )
+    shift: float = Field(
+        0.5, ge=0, le=1, description="share of the errors in front of a layer that its weights are moved to answer for"
+    )
+    guidance_groups: int = Field(
+        0, ge=0, le=4, description="groups of outputs whose tokens are weighted by the end loss's gradients; 0: none"
+    )
+    tune_steps: int = Field(0, ge=0, description="gradient steps on the codes and scales of each block")
+    tune_epochs: int = Field(
+        0, ge=0, description="passes over the calibration set that tune scales, norms and biases of the whole model"
+    )
+    random_windows: float = Field(
+        0.125,
+        ge=0,
+        le=1,
+        description="windows of random tokens, for those that the calibration text lacks, as a share of its windows",
+    )
+    held_out: float = Field(
+        0.1, ge=0, lt=1, description="share of the calibration windows that only judges: what loses there is undone"
     )
     calibration: str | None = Field(
         None, description="text file, .jsonl with a text field, or dataset name; default: a text shipped with llmq"
     )
     num_samples: int | None = Field(
         None, ge=1, description="calibration windows; default: 128, or what the shipped text holds"
+    )
+    response_only: bool = Field(
+        False, description="calibration is a .jsonl of conversations, and only what predicts answers counts"
     )
     seq_len: int = Field(512, ge=2, description="tokens per calibration window")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the choice of windows")

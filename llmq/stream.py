@@ -2,7 +2,8 @@
 
 `Stream.start` runs everything before the first block and records, for every batch and block, what the model passes to
 the block besides the hidden states (masks, rotary tables, which differ between blocks of one model). From then on
-hidden states move block by block with `advance`, and the model around the blocks is never needed again.
+hidden states move block by block with `advance`, and the model around the blocks is needed again only for `logits`.
+A `fork` of a stream moves on its own: one through the quantized blocks, one through the original ones.
 """
 
 from __future__ import annotations
@@ -18,12 +19,23 @@ from torch import Tensor, nn
 from llmq.calibration import Calibration
 from llmq.errors import SpecError
 from llmq.families import Linear, Structure
-from llmq.hessian import HessianSum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS_PER_BATCH = 8192  # large enough for efficient products, small next to a block's weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Calibration windows that pass a block together."""
+
+    ids: Tensor  # int64 [B, L]
+    valid: Tensor | None  # bool [B, L]; None where every token is valid
+    windows: slice  # which of all windows they are: text, then random tokens, then what is held out
+    held_out: bool  # whether they only judge
+    text: bool  # whether they are text, and not random tokens
+    calls: list[_Call]  # per block, what the model passes to it besides the hidden states
 
 
 @dataclass(frozen=True)
@@ -41,29 +53,44 @@ class _Enough(Exception):  # noqa: N818  not an error
 class Stream:
     """Hidden states of all calibration batches in front of one block, and the arguments of every block's call."""
 
-    def __init__(self) -> None:
-        self._hidden: list[Tensor] = []  # per batch [B, L, D]
-        self._valid: list[Tensor | None] = []  # per batch bool [B, L]; None where every token is valid
-        self._calls: list[list[_Call]] = []  # per batch, per block
+    def __init__(self, batches: list[Batch], hidden: list[Tensor]) -> None:
+        self.batches = batches
+        self.hidden = hidden  # per batch [B, L, D]
 
     @classmethod
     def start(
-        cls, model: PreTrainedModel, structure: Structure, calibration: Calibration, device: torch.device
+        cls,
+        model: PreTrainedModel,
+        structure: Structure,
+        calibration: Calibration,
+        device: torch.device,
+        *,
+        random: Calibration | None = None,
+        held_out: Calibration | None = None,
+        batch_tokens: int | None = None,
     ) -> Stream:
         """Return the stream in front of the first block; everything around the blocks must be loaded on `device`."""
-        stream = cls()
-        size = max(1, TOKENS_PER_BATCH // calibration.input_ids.shape[1])
-        masks = calibration.attention_mask
-        for start in range(0, calibration.input_ids.shape[0], size):
-            ids = calibration.input_ids[start : start + size].to(device)
-            valid = None if masks is None else masks[start : start + size].to(device)
-            hidden, calls = _record(model, structure, ids, valid)
-            if stream._calls:
-                calls = [_shared(new, old) for new, old in zip(calls, stream._calls[-1], strict=True)]
-            stream._hidden.append(hidden)
-            stream._valid.append(valid)
-            stream._calls.append(calls)
+        stream, first = cls([], []), 0
+        size = max(1, (batch_tokens or TOKENS_PER_BATCH) // calibration.input_ids.shape[1])
+        for part in (calibration, random, held_out):
+            if part is None:
+                continue
+            count, masks = part.input_ids.shape[0], part.attention_mask
+            for start in range(0, count, size):
+                ids = part.input_ids[start : start + size].to(device)
+                valid = None if masks is None else masks[start : start + size].to(device)
+                hidden, calls = _record(model, structure, ids, valid)
+                if stream.batches:
+                    calls = [_shared(new, old) for new, old in zip(calls, stream.batches[-1].calls, strict=True)]
+                windows = slice(first + start, first + start + ids.shape[0])
+                stream.batches.append(Batch(ids, valid, windows, part is held_out, part is not random, calls))
+                stream.hidden.append(hidden)
+            first += count
         return stream
+
+    def fork(self) -> Stream:
+        """Return a stream at the same place that moves on its own."""
+        return Stream(self.batches, list(self.hidden))
 
     def stages(self, block: nn.Module, index: int, linears: list[Linear]) -> list[Stage]:
         """Return the stages of block number `index`, observed on one sample.
@@ -93,42 +120,59 @@ class Stream:
             by_input.setdefault(tuple(seen), []).append(next(x for x in linears if x.name == name))
         return [Stage(members, calls=len(seen)) for seen, members in by_input.items()]
 
-    def hessian(self, block: nn.Module, index: int, stage: Stage) -> HessianSum:
-        """Return the sum of ``x xᵀ`` over the inputs of `stage` in block number `index`, for all batches."""
-        first = stage.linears[0]
-        total = HessianSum(first.shape[1], self._hidden[0].device)
-        for batch, valid in enumerate(self._valid):
-            left = stage.calls
+    def inputs(self, block: nn.Module, index: int, stage: Stage, batch: int, *, passing: bool = False) -> list[Tensor]:
+        """Return what enters the linears of `stage` for one batch: a tensor [..., K] for each call.
 
-            def add(_: nn.Module, args: tuple[Tensor, ...], valid: Tensor | None = valid) -> None:
-                nonlocal left
-                total.add_(args[0], valid)
-                left -= 1
-                if left == 0:  # the rest of the block is of no interest
-                    raise _Enough
+        With `passing`, the batch also moves on to what the block returns, which is then final.
+        """
+        seen: list[Tensor] = []
 
-            with _hooked([(first.module, add)]):
-                self._run(block, index, batch)
-        return total
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            if len(seen) == stage.calls and not passing:  # the rest of the block is of no interest
+                raise _Enough
+
+        with _hooked([(stage.linears[0].module, keep)]):
+            out = self._run(block, index, batch)
+        if passing:
+            assert out is not None, "no hook ends this pass"
+            self.hidden[batch] = out
+        return seen
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Move the hidden states of all batches through block number `index`."""
-        for batch in range(len(self._hidden)):
+        for batch in range(len(self.batches)):
             out = self._run(block, index, batch)
             assert out is not None, "no hook ends this pass"
-            self._hidden[batch] = out
+            self.hidden[batch] = out
+
+    def through(self, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """Return what block number `index` makes of `hidden` [B, L, D], called as for this batch; keeps gradients."""
+        call = self.batches[batch].calls[index]
+        out = block(hidden, *call.args, **call.kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        assert isinstance(out, Tensor)
+        return out
 
     @torch.no_grad()
     def _run(self, block: nn.Module, index: int, batch: int) -> Tensor | None:
         """Return the block's output for one batch, or None if a hook ended the pass."""
-        call = self._calls[batch][index]
         try:
-            out = block(self._hidden[batch], *call.args, **call.kwargs)
+            return self.through(block, index, batch, self.hidden[batch])
         except _Enough:
             return None
-        hidden = out[0] if isinstance(out, tuple) else out
-        assert isinstance(hidden, Tensor)
-        return hidden
+
+
+def logits(model: PreTrainedModel, structure: Structure, batch: Batch, hidden: Tensor) -> Tensor:
+    """Return what the model makes of the last block's output `hidden` [B, L, D]: logits [B, L, V]; keeps gradients.
+
+    Everything around the blocks must be loaded.
+    """
+    with _replaced(structure, lambda *args, **kwargs: hidden):
+        mask = None if batch.valid is None else batch.valid.long()
+        out = model(input_ids=batch.ids, attention_mask=mask, use_cache=False).logits
+    assert isinstance(out, Tensor)
+    return out
 
 
 @dataclass(frozen=True)
@@ -155,13 +199,8 @@ def _record(
         first.append(hidden)
         return hidden
 
-    for block in structure.blocks:
-        block.forward = identity
-    try:
+    with _replaced(structure, identity):
         model.base_model(input_ids=ids, attention_mask=None if valid is None else valid.long(), use_cache=False)
-    finally:
-        for block in structure.blocks:
-            del block.forward
     if len(calls) != len(structure.blocks):
         raise SpecError(
             f"{type(model).__name__}: a forward pass calls {len(calls)} of the {len(structure.blocks)} blocks of "
@@ -187,6 +226,18 @@ def _shared(new: Any, old: Any) -> Any:
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two live tensors are the same memory."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+@contextmanager
+def _replaced(structure: Structure, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `forward` stand for every block's own for the duration of the block."""
+    for block in structure.blocks:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in structure.blocks:
+            del block.forward
 
 
 @contextmanager

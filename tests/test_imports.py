@@ -46,6 +46,21 @@ def test_importing_the_driver_imports_no_kernels() -> None:
     assert not loaded & {"triton", "llmq_kernels", "llmq.hf", "llmq.nn", "llmq.ops"}
 
 
+def test_quantizing_on_a_cpu_imports_no_kernels() -> None:
+    loaded = modules_after(
+        "import torch\n"
+        "from llmq.block_sweep import runs_on\n"
+        "from llmq.grids.uniform import UniformGrid\n"
+        "from llmq.solvers import SOLVERS\n"
+        "w, grid = torch.arange(24.0).view(3, 8).sin(), UniformGrid(4, symmetric=True)\n"
+        "assert not runs_on(w.device, grid)\n"
+        "solution = SOLVERS['gptq'].run(w, torch.eye(8), grid, 4)\n"
+        "assert solution.weight.codes.shape == w.shape"
+    )
+    assert "llmq.block_sweep" in loaded
+    assert not loaded & {"triton", "llmq_kernels"}
+
+
 @pytest.fixture(scope="module")
 def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a packed Llama of one block, made without the driver."""

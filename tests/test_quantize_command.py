@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmq as package
-from llmq.calibration import load_calibration
+from llmq.calibration import load_calibration, random_windows, split_held_out
 from llmq.checkpoint import CheckpointReader
 from llmq.formats.gptq import unpack
+from llmq.recipe import Recipe
 from llmq.types import QuantSpec
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -69,7 +70,7 @@ def assert_same_tensors(a: Path, b: Path) -> None:
 
 def test_results_go_to_stdout_and_everything_else_to_stderr(made: Path, tmp_path: Path) -> None:
     stdout, stderr = quantize(made, tmp_path / "out")
-    rows = dict(line.split(maxsplit=1) for line in stdout.splitlines() if line.strip())
+    rows = dict(line.split(maxsplit=1) for line in stdout.splitlines() if line[:1].strip())  # long values go on below
     assert set(rows) == {"packed", "size", "relative", "time", "peak", "written"}
     assert re.search(r"14, 5\.\d\d bits per weight", stdout)
     assert re.search(r"group_size +32\n", re.sub(" +\n", "\n", stderr)), "the settings come first"
@@ -113,7 +114,7 @@ def test_version_and_help() -> None:
 
 def test_help_of_quantize_shows_every_option_with_its_default() -> None:
     shown = " ".join(llmq("quantize", "--help").stdout.split()).replace(" / ", "/")
-    names = "bits group-size sym/--asym method act-order/--no-act-order damp-percent calibration num-samples seq-len"
+    names = "bits group-size sym/--asym method order damp-percent calibration num-samples seq-len"
     names += " seed format device dtype ignore recipe force json debug shard-size output"
     for name in names.split():
         assert f"--{name}" in shown
@@ -125,7 +126,8 @@ def test_help_of_quantize_shows_every_option_with_its_default() -> None:
 
 
 def test_recipe_printed_and_read_back_gives_the_same_bytes(made: Path, tmp_path: Path) -> None:
-    options = ("--bits", 3, "--asym", "--no-act-order", "--damp-percent", 0.02, "--ignore", "k_proj", "--ignore", "up")
+    options = ("--bits", 3, "--asym", "--order", "natural", "--damp-percent", 0.02)
+    options = (*options, "--ignore", "k_proj", "--ignore", "up")
     options = (*SMALL, "--calibration", made / "text.txt", *options)
     printed = llmq("recipe", *options)
     assert printed.exit_code == 0
@@ -144,7 +146,12 @@ def test_command_line_wins_over_the_recipe_which_wins_over_defaults(made: Path, 
     (tmp_path / "recipe.yaml").write_text("bits: 3\nsym: false\nmethod: rtn\n")
     quantize(made, tmp_path / "out", "--recipe", tmp_path / "recipe.yaml", "--bits", 8)
     recipe = report_of(tmp_path / "out")["recipe"]
-    assert (recipe["bits"], recipe["sym"], recipe["method"], recipe["damp_percent"]) == (8, False, "rtn", 0.01)
+    assert (recipe["bits"], recipe["sym"], recipe["method"], recipe["damp_percent"]) == (
+        8,
+        False,
+        "rtn",
+        Recipe().damp_percent,
+    )
     config = CheckpointReader(tmp_path / "out").config["quantization_config"]
     assert (config["bits"], config["sym"], config["checkpoint_format"]) == (8, False, "gptq_v2")
 
@@ -257,7 +264,7 @@ def test_packed_weights_are_near_the_original_ones(made: Path) -> None:
         weight = source[f"{name}.weight"]
         difference = (unpack(local, spec).dequantize() - weight).norm() / weight.norm()
         assert float(difference) == pytest.approx(error, rel=1e-5)
-        assert error < 0.15
+        assert error < 0.2
 
 
 def test_ignored_layers_stay_dense_and_are_listed(made: Path, tmp_path: Path) -> None:
@@ -314,6 +321,7 @@ def test_report_says_how_it_came_about(made: Path) -> None:
     assert report["recipe"]["group_size"] == 32
     calibration = report["calibration"]
     assert (calibration["samples"], calibration["seq_len"], calibration["tokens"]) == (8, 64, 512)
+    assert (calibration["held_out_samples"], calibration["random_samples"]) == (1, 1)
     assert re.fullmatch("[0-9a-f]{64}", calibration["fingerprint"])
     assert {"calibration", "check", "load", "forward", "solve", "write"} <= set(report["seconds"])
     assert all(seconds >= 0 for seconds in report["seconds"].values())
@@ -327,10 +335,13 @@ def test_report_has_every_layer(made: Path) -> None:
     for layer in layers:
         assert [layer["out_features"], layer["in_features"]] == list(source[f"{layer['name']}.weight"].shape)
         assert f"layers.{layer['block']}." in layer["name"]
-        assert (layer["tokens"], layer["dropped_tokens"]) == (512, 0)
+        assert (layer["tokens"], layer["dropped_tokens"]) == (512, 0)  # of eight windows one is held out, one random
         assert layer["loss"] > 0
-        assert 0 < layer["relative_loss"] < 0.02
-        assert (layer["damp_percent"], layer["remedies"]) == (0.01, [])
+        assert 0 < layer["relative_loss"] < 0.03
+        assert 0 < layer["held_out_loss"] < 0.05
+        # tokens are few, so that held-out ones choose
+        assert any(layer["damp_percent"] == pytest.approx(factor * Recipe().damp_percent) for factor in (1, 3, 10))
+        assert layer["remedies"] == []
 
 
 def test_losses_are_those_on_what_the_quantized_layers_before_let_through(made: Path, tmp_path: Path) -> None:
@@ -347,19 +358,27 @@ def test_losses_are_those_on_what_the_quantized_layers_before_let_through(made: 
         module.weight.data = unpack(local, spec).dequantize()
         module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].flatten(0, 1)}))
     tokenizer = AutoTokenizer.from_pretrained(made / "model")
-    windows = load_calibration(str(made / "text.txt"), tokenizer, num_samples=8, seq_len=64, seed=0)
-    with torch.no_grad():
-        model(windows.input_ids)
-    for layer in layers:
-        weight = original[f"{layer['name']}.weight"]
-        error = (weight - model.get_submodule(layer["name"]).weight.data) @ inputs[layer["name"]].T
-        assert layer["loss"] == pytest.approx(2 * float(error.square().sum()) / 512, rel=1e-3), layer["name"]
+    whole = load_calibration(str(made / "text.txt"), tokenizer, num_samples=8, seq_len=64, seed=0)
+    train, held_out = split_held_out(whole, 0.1, seed=0)
+    assert held_out is not None
+    random = random_windows(whole, 0.125, 128, seed=0)
+    assert random is not None
+    fitted = torch.cat([train.input_ids, random.input_ids])
+    for part, field, tokens in ((fitted, "relative_loss", 512), (held_out.input_ids, "held_out_loss", 64)):
+        with torch.no_grad():
+            model(part)
+        for layer in layers:
+            weight, x = original[f"{layer['name']}.weight"], inputs[layer["name"]].T
+            assert x.shape[1] == tokens
+            loss = float(((weight - model.get_submodule(layer["name"]).weight.data) @ x).square().sum())
+            assert layer[field] == pytest.approx(loss / float((weight @ x).square().sum()), rel=1e-3), layer["name"]
+            if part is fitted:
+                assert layer["loss"] == pytest.approx(2 * loss / tokens, rel=1e-3), layer["name"]
 
 
-def test_gptq_loses_less_than_rounding_to_nearest(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "recipe.yaml").write_text("max_fallback: 1\n")
-    monkeypatch.setattr(sys.modules["llmq.solvers.gptq"], "factorize", lambda h, damp_percent: None)
-    quantize(made, tmp_path / "rtn", "--recipe", tmp_path / "recipe.yaml")
+def test_gptq_loses_less_than_rounding_to_nearest(made: Path, tmp_path: Path) -> None:
+    options = ("--method", "weighted_rtn", "--scale-search", "none", "--refine-rounds", 0)  # rtn reports no loss
+    quantize(made, tmp_path / "rtn", *options)
     gptq, rtn = (report_of(folder)["layers"] for folder in (made / "packed", tmp_path / "rtn"))
     first = {layer["name"]: layer["relative_loss"] for layer in rtn}
     assert sum(layer["relative_loss"] for layer in gptq) < 0.8 * sum(first.values())
@@ -368,7 +387,7 @@ def test_gptq_loses_less_than_rounding_to_nearest(made: Path, tmp_path: Path, mo
 def test_unusable_hessians_end_the_run_unless_the_recipe_allows_them(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["llmq.solvers.gptq"]
+    module = sys.modules["llmq.solvers.sweep"]
     real = module.factorize
     monkeypatch.setattr(module, "factorize", lambda h, damp: real(h, damp) if h.shape[0] == 64 else None)  # down_proj
     options = (*SMALL, "--calibration", made / "text.txt")
@@ -379,15 +398,15 @@ def test_unusable_hessians_end_the_run_unless_the_recipe_allows_them(
 
     (tmp_path / "recipe.yaml").write_text("max_fallback: 0.15\n")
     _, stderr = quantize(made, tmp_path / "out", "--recipe", tmp_path / "recipe.yaml")
-    assert "warning: 2 layers were rounded to nearest" in " ".join(stderr.split())
+    assert "warning: 2 layers had no usable Hessian" in " ".join(stderr.split())
     lost = {layer["name"]: layer["remedies"] for layer in report_of(tmp_path / "out")["layers"] if layer["remedies"]}
-    assert lost == {f"model.layers.{block}.mlp.down_proj": ["round to nearest"] for block in (0, 1)}
+    assert lost == {f"model.layers.{block}.mlp.down_proj": ["coordinate descent, no factorization"] for block in (0, 1)}
 
 
 def test_stronger_damping_is_reported(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["llmq.hessian"]
     real = module._upper_factor
     monkeypatch.setattr(module, "_upper_factor", lambda h: real(h) if h.dtype == torch.float64 else None)
-    quantize(made, tmp_path / "out")
+    quantize(made, tmp_path / "out", "--held-out", 0, "--damp-percent", 0.01)
     for layer in report_of(tmp_path / "out")["layers"]:
         assert layer["remedies"] == ["float64 factorization, damping 0.01"]

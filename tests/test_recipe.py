@@ -20,7 +20,10 @@ recipes = st.builds(
     bits=st.sampled_from([2, 3, 4, 8]),
     group_size=st.sampled_from([-1, 32, 128]),
     sym=st.booleans(),
-    act_order=st.booleans(),
+    sym_range=st.sampled_from(["full", "gptq", "restricted"]),
+    order=st.sampled_from(["natural", "act", "group", "pivot"]),
+    scale_search=st.sampled_from(["hessian", "mse", "none"]),
+    search_norm=st.floats(0, 8, exclude_min=True),
     damp_percent=st.floats(0, 1, exclude_min=True),
     calibration=st.none() | words,
     num_samples=st.none() | st.integers(1, 10**6),
@@ -121,7 +124,7 @@ def test_group_sizes_that_mean_nothing_are_refused_before_the_model_is_looked_fo
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "magic", "unknown method 'magic'; there are gptq, rtn"),
+        ("method", "magic", "unknown method 'magic'; there are gptq, .*, rtn$"),
         ("format", "awq", "unknown format 'awq'; there are gptq, gptq_v2"),
         ("bits", 5, "2, 3, 4, 8 bits, not 5"),
     ],

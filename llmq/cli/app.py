@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from llmq import __version__
+from llmq.cli.ablate import ablate_command
+from llmq.cli.adapter import adapter_command
 from llmq.cli.eval import eval_command
 from llmq.cli.generate import generate_command
 from llmq.cli.inspect import inspect_command
@@ -85,8 +87,10 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize_command,
     "recipe": recipe_command,
     "eval": eval_command,
+    "ablate": ablate_command,
     "inspect": inspect_command,
     "generate": generate_command,
+    "adapter": adapter_command,
 }
 
 for _name, _command in _COMMANDS.items():

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from llmq.presets import PRESETS, preset_fields
 from llmq.recipe import Recipe, make_recipe, read_recipe
 
 _SWITCHES = {"sym": "--sym/--asym"}  # booleans are --name/--no-name otherwise
@@ -19,25 +20,29 @@ _FILE_ONLY = ("max_fallback",)  # set in a recipe file, too rare for a flag
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` an option for every recipe field and ``--recipe``; it receives the result as `recipe`.
+    """Give `command` an option for every recipe field, ``--preset`` and ``--recipe``; it gets the result as `recipe`.
 
-    Values on the command line win over those in the file, which win over the defaults.
+    Values on the command line win over those in the file, which win over those of the preset.
     """
     fields = {name: field for name, field in Recipe.model_fields.items() if name not in _FILE_ONLY}
 
     @wraps(command)
-    def run(recipe_file: Path | None = None, **arguments: Any) -> None:
+    def run(preset: str = "default", recipe_file: Path | None = None, **arguments: Any) -> None:
         given = {name: arguments.pop(name) for name in fields}
-        from_file = read_recipe(recipe_file) if recipe_file else {}
-        command(recipe=make_recipe(from_file | {k: v for k, v in given.items() if v is not None}), **arguments)
+        set_before = preset_fields(preset) | (read_recipe(recipe_file) if recipe_file else {})
+        command(recipe=make_recipe(set_before | {k: v for k, v in given.items() if v is not None}), **arguments)
 
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "recipe"]
     file_option = Annotated[
         Path | None,
         typer.Option("--recipe", metavar="FILE.yaml", help="Read settings from a recipe.", show_default=False),
     ]
+    preset_option = Annotated[str, typer.Option(help=f"Settings to start from: {', '.join(PRESETS)}.")]
     options = [_parameter(name, field) for name, field in fields.items()]
-    added = [inspect.Parameter("recipe_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file_option)]
+    added = [
+        inspect.Parameter("preset", inspect.Parameter.KEYWORD_ONLY, default="default", annotation=preset_option),
+        inspect.Parameter("recipe_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file_option),
+    ]
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     run.__signature__ = inspect.Signature([*own, *added, *options])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in [*own, *added, *options]}

@@ -17,11 +17,12 @@ from llmq.cli.models import DEVICE_HELP, parse_device
 from llmq.cli.options import takes_recipe
 from llmq.cli.tables import facts, human_bytes, show_json
 from llmq.recipe import Recipe
+from llmq.report import FALLBACKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llmq.driver import Progress, Report
+    from llmq.report import LayerReport, Progress, Report
 
 
 @takes_recipe
@@ -76,11 +77,20 @@ def _display(console: Console) -> Iterator[Callable[[Progress], None]]:
             display.update(task, description=text, completed=event.done, total=event.total, memory=memory)
             if event.layer is not None:
                 layer = event.layer
-                loss = "" if layer.relative_loss is None else f"  relative loss {layer.relative_loss:.2e}"
-                remedies = f"  ({'; '.join(layer.remedies)})" if layer.remedies else ""
-                console.print(f"{layer.name}  weight error {layer.weight_error:.4f}{loss}{remedies}", soft_wrap=True)
+                console.print(_line(layer), soft_wrap=True)
 
         yield show
+
+
+def _line(layer: LayerReport) -> str:
+    """Return what is said of a finished layer."""
+    text = f"{layer.name}  weight error {layer.weight_error:.4f}"
+    if layer.relative_loss is not None:
+        text += f"  relative loss {layer.relative_loss:.2e}"
+    if layer.held_out_loss is not None:
+        text += f", held out {layer.held_out_loss:.2e}"
+    notes = [*layer.remedies, *(f"{stage} undone" for stage in layer.undone)]
+    return f"{text}  ({'; '.join(notes)})" if notes else text
 
 
 def _warn(report: Report, console: Console) -> None:
@@ -92,9 +102,9 @@ def _warn(report: Report, console: Console) -> None:
                 f"warning: {tokens} calibration tokens for layers of {widest} inputs; use at least {4 * widest} "
                 "(--num-samples, --seq-len)"
             )
-    lost = [layer.name for layer in report.layers if "round to nearest" in layer.remedies]
+    lost = [f"{layer.name} ({layer.remedies[-1]})" for layer in report.layers if FALLBACKS & set(layer.remedies)]
     if lost:
-        console.print(f"warning: {len(lost)} layers were rounded to nearest for want of a usable Hessian: {lost}")
+        console.print(f"warning: {len(lost)} layers had no usable Hessian: {', '.join(lost)}")
     if report.files["left_out"]:
         console.print(f"not copied: {', '.join(report.files['left_out'])}")
 

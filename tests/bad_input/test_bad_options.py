@@ -53,7 +53,7 @@ def test_layer_of_odd_size_can_be_ignored(made: Path, tmp_path: Path, output: Pa
         (("--bits", 0), ("2, 3, 4, 8", "not 0")),
         (("--bits", 5, "--method", "rtn"), ("2, 3, 4, 8", "not 5")),
         (("--format", "zip"), ("format 'zip'", "gptq, gptq_v2")),
-        (("--method", "magic"), ("method 'magic'", "gptq, rtn")),
+        (("--method", "magic"), ("method 'magic'", "gptq, gptaq, obq")),
         (("--dtype", "float8"), ("dtype", "bfloat16", "float8")),
         (("--device", "gpu"), ("--device gpu", "cpu, cuda")),
         (("--device", "cuda:99"), ("--device cuda:99", "--device cpu")),
@@ -148,7 +148,7 @@ def test_no_usable_tokenizer(damage: str, model: Path, fails: Callable[..., None
 def test_too_many_layers_without_a_usable_hessian(
     made: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(sys.modules["llmq.solvers.gptq"], "factorize", lambda h, damp_percent: None)
+    monkeypatch.setattr(sys.modules["llmq.solvers.sweep"], "factorize", lambda h, damp_percent: None)
     fails(made / "model", words=("14 of 14", "Hessian", "max_fallback"))
 
 
