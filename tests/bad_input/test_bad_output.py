@@ -118,6 +118,7 @@ def test_interrupt_from_the_progress_callback_removes_the_output(made: Path, out
 
 
 WAITS = """
+import signal
 import time
 from llmq.cli.app import main
 from llmq.stream import Stream
@@ -131,6 +132,7 @@ def wait(*arguments):
     finished.append(advance(*arguments))
 
 Stream.advance = wait
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 main()
 """
 
