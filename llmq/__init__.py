@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 from llmq.errors import CalibrationError, CheckpointError, KernelError, LlmqError, SolverError, SpecError
 
 if TYPE_CHECKING:
-    from llmq.driver import Report, quantize
+    from llmq.driver import quantize
     from llmq.hf import load
     from llmq.recipe import Recipe
+    from llmq.report import Report
     from llmq.types import QuantSpec
 
 __version__ = "0.1.0"
@@ -40,7 +41,7 @@ __all__ = [
 _LAZY = {
     "QuantSpec": "llmq.types",
     "Recipe": "llmq.recipe",
-    "Report": "llmq.driver",
+    "Report": "llmq.report",
     "load": "llmq.hf",
     "quantize": "llmq.driver",
 }

@@ -26,8 +26,8 @@ from llmq.eora import eora
 from llmq.errors import CheckpointError, SolverError, SpecError
 from llmq.families import Linear, find_structure, skeleton
 from llmq.formats import FORMATS
-from llmq.hessian import HessianSum
 from llmq.hf import StoredConfig, check_headers
+from llmq.layers import Observed, measure
 from llmq.loading import Loader
 from llmq.names import file_names
 from llmq.preflight import Job, check_calibration, model_config, prepare
@@ -177,11 +177,9 @@ def compensate(
     for index, linears in enumerate(job.structure.linears):
         block = loader.block(index)
         for stage in stream.stages(block, index, linears):
-            total = HessianSum(stage.linears[0].shape[1], loader.device)
-            for number, batch in enumerate(stream.batches):
-                for x in stream.inputs(block, index, stage, number):
-                    total.add_(x, batch.valid)
-            h = total.mean(stage.linears[0].name)
+            [problem] = measure(Observed(stream, block, index), stage, None, {})
+            assert problem.train is not None, "the stream has batches"
+            h = problem.train.mean(problem.name)
             for linear in stage.linears:
                 _compensate(pair, adapter, linear, h)
                 progress(adapter.layers[-1])

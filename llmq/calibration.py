@@ -1,7 +1,6 @@
 """Calibration data: a text file, jsonl file, dataset or chat samples become token windows, deterministically.
 
-This module knows how text becomes int64 ``[samples, seq_len]``; it knows nothing of models, Hessians or
-recipes.
+This module knows how text becomes int64 ``[samples, seq_len]``; it knows nothing of models or Hessians.
 
 The default is *packed windows*: all text is one stream of tokens that is cut into aligned windows, of which
 a seeded draw takes `num_samples` different ones. No token is padding and no token is used twice, so the
@@ -32,6 +31,8 @@ from llmq.texts import jsonl_rows, looks_like_file, read_dataset, read_file, rea
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from llmq.recipe import Recipe
 
 DEFAULT_SAMPLES = 128
 BUNDLED = "bundled text"  # the `source` of a Calibration for which the user named none
@@ -76,6 +77,18 @@ class Calibration:
         counted = torch.zeros_like(there)
         counted[:, :-1] = there[:, :-1] & there[:, 1:]
         return counted
+
+
+def calibration_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Calibration:
+    """Return the windows that `recipe` asks for; errors as of `load_calibration`."""
+    return load_calibration(
+        recipe.calibration,
+        tokenizer,
+        num_samples=recipe.num_samples,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        response_only=recipe.response_only,
+    )
 
 
 def load_calibration(

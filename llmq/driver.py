@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import environment
-from llmq.calibration import Calibration, load_calibration, random_windows, split_held_out
+from llmq.calibration import Calibration, calibration_of, random_windows, split_held_out
 from llmq.checkpoint import CheckpointWriter, check_free
 from llmq.errors import SolverError, SpecError
 from llmq.families import Linear
@@ -36,8 +36,6 @@ from llmq.tune.block import BlockRates, Site, tune_block
 from llmq.tune.model import Model, ModelRates, tune_model
 from llmq.tune.tunable import TunableLinear, put
 from llmq.types import QuantizedWeight
-
-__all__ = ["LayerReport", "Progress", "Report", "quantize"]
 
 # Gradient steps see this many tokens, a compromise between many steps and quiet ones.
 _TOKENS_PER_STEP = 2048
@@ -73,7 +71,7 @@ def quantize(
     run = _Run(prepare(model, recipe), torch.device(device), progress)
     with CheckpointWriter(output, recipe.shard_bytes, force=force) as writer:
         check_output(run.job, Path(output))
-        if run.job.calibrated:
+        if run.job.solver.calibrated:
             with run.timed("calibration"):
                 run.load_calibration(calibration)
         with run.timed("check"):
@@ -101,7 +99,7 @@ class _Run:
         self.held_out: Calibration | None = None
         self.stream: Stream | None = None  # through the blocks as they are quantized
         self.reference: Stream | None = None  # through the original blocks
-        self.start: Stream | None = None  # where both began
+        self.start: Stream | None = None  # where both began, for tuning the model
         self.token_weights: dict[str, Tensor] = {}  # by linear [groups, S, L]; empty: all tokens count alike
         self.weights: dict[str, QuantizedWeight] = {}  # of the blocks that are not written yet
         self.written: set[str] = set()  # names in the source's files whose tensors are in the output, packed or not
@@ -137,14 +135,7 @@ class _Run:
     def load_calibration(self, given: Calibration | None) -> None:
         """Set the calibration windows: those given, or the recipe's."""
         recipe = self.job.recipe
-        whole = given or load_calibration(
-            recipe.calibration,
-            _tokenizer(self.job),
-            num_samples=recipe.num_samples,
-            seq_len=recipe.seq_len,
-            seed=recipe.seed,
-            response_only=recipe.response_only,
-        )
+        whole = given or calibration_of(recipe, _tokenizer(self.job))
         check_calibration(self.job, whole)
         samples, seq_len = whole.input_ids.shape
         # a single window cannot be split, and one that judges itself judges nothing
@@ -188,7 +179,9 @@ class _Run:
                 batch_tokens=_TOKENS_PER_STEP if recipe.tune_steps or recipe.tune_epochs else None,
             )
         if job.needs_reference:
-            self.reference, self.start = self.stream.fork(), self.stream.fork()
+            self.reference = self.stream.fork()
+        if recipe.tune_epochs:
+            self.start = self.stream.fork()
 
     def _guidance(self) -> dict[str, Tensor]:
         """Return the end-loss weights of all windows, those held out last."""
@@ -282,9 +275,7 @@ def _with_reference(run: _Run, seen: Observed, stages: list[Stage], prefix: str)
 def _quantize_stage(run: _Run, index: int, stage: Stage, seen: Observed | None, twin: Twin | None) -> None:
     """Solve the linears of one stage and put the results back into the block."""
     with run.timed("forward"):
-        problems = measure(
-            seen, stage, twin, {x.name: run.token_weights[x.name] for x in stage.linears if run.token_weights}
-        )
+        problems = measure(seen, stage, twin, run.token_weights)
     with run.timed("solve"):
         for layer in solve_stage(run.job, index, problems):
             layer.linear.weight.copy_(layer.weight.dequantize())

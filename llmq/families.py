@@ -9,7 +9,8 @@ table of its own when it comes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,29 @@ def linears_of(block: nn.Module, prefix: str) -> list[Linear]:
         for name, child in block.named_modules()
         if _is_linear(child)
     ]
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Return whether two live tensors are the same numbers in the same place, perhaps in another shape."""
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.is_contiguous() == b.is_contiguous()
+
+
+@contextmanager
+def blocks_replaced(structure: Structure, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let ``forward(hidden, *args, **kwargs)`` stand for every block's own for the duration of the context."""
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        if not args:
+            args = (kwargs.pop("hidden_states"),)
+        return forward(*args, **kwargs)
+
+    for block in structure.blocks:
+        block.forward = call
+    try:
+        yield
+    finally:
+        for block in structure.blocks:
+            del block.forward
 
 
 def _alike(modules: nn.ModuleList) -> bool:

@@ -91,16 +91,6 @@ def token_weights(
     return {name: _normalized(total, valid, name) for name, total in sums.items()}
 
 
-def stage_weights(weights: dict[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return one weight per token for linears that share an input, and so a Hessian: the mean of theirs, [S, L].
-
-    Args:
-        weights: from `token_weights` with one group, [1, S, L] each.
-        names: the linears of the stage.
-    """
-    return torch.stack([weights[name].squeeze(0) for name in names]).mean(dim=0)
-
-
 def winsorize(weights: dict[str, Tensor], share: float, attention_mask: Tensor | None) -> dict[str, Tensor]:
     """Return `weights` limited, per linear and group, to their `share` quantile, again with a mean of 1.
 

@@ -131,7 +131,7 @@ def measure(seen: Observed | None, stage: Stage, twin: Twin | None, weights: Map
         stage: linears that share an input.
         twin: the same stage in the original block, where the problems are to be paired. With the last one, the
             reference moves past the block.
-        weights: end-loss weights [groups, S, L] of each linear's tokens; empty where all count alike.
+        weights: by name, how much each linear's tokens count, [groups, S, L]; empty where all count alike.
     """
     whole = [(linear, slice(0, linear.shape[0])) for linear in stage.linears]
     if seen is None:
@@ -143,12 +143,16 @@ def measure(seen: Observed | None, stage: Stage, twin: Twin | None, weights: Map
         sums = [HessianSum(stage.linears[0].shape[1], device, paired=twin is not None) for _ in range(1 + held_out)]
         return Problem(rows, sums[0], sums[1] if held_out else None, twin is not None)
 
-    split: list[tuple[Problem, Tensor | None]] = [] if weights else [(problem(whole), None)]
-    for linear, rows in whole if weights else ():
-        start = 0
-        for group, size in enumerate(group_rows(rows.stop, len(weights[linear.name]), linear.name)):
-            split.append((problem([(linear, slice(start, start + size))]), weights[linear.name][group]))
-            start += size
+    split: list[tuple[Problem, Tensor | None]] = []
+    own = [weights[linear.name] for linear in stage.linears if weights]
+    if all(w is own[0] and len(w) == 1 for w in own):  # one Hessian does for all
+        split.append((problem(whole), own[0][0] if own else None))
+    else:
+        for (linear, rows), groups in zip(whole, own, strict=True):
+            start = 0
+            for w, size in zip(groups, group_rows(rows.stop, len(groups), linear.name), strict=True):
+                split.append((problem([(linear, slice(start, start + size))]), w))
+                start += size
     for number, inputs, references in seen.batches(stage, twin):
         batch = seen.stream.batches[number]
         for part, tokens in split:
@@ -183,29 +187,16 @@ def _solve(job: Job, problem: Problem) -> list[_Piece]:
 
 
 def _pieces(job: Job, problem: Problem, w: Tensor) -> list[_Piece]:
+    """Return the solved rows of stacked weights `w` [N, K], linear by linear, with the losses of each."""
     if problem.train is None:
         solution = job.solver.run(w, None, job.grid, job.spec.group_columns(w.shape[1]))
         return _split(problem, [solution] * len(problem.rows), solution.weight, [[] for _ in problem.rows])
     h = problem.train.mean(problem.name)
-    cross = problem.train.cross(problem.name) if problem.paired else None
     judge = None
     if problem.held_out is not None and problem.held_out.tokens:
         pull = w @ problem.held_out.cross(problem.name) if problem.paired else None
         judge = Measure(w, problem.held_out.mean(problem.name), pull)
-    undone: list[list[str]] = [[] for _ in problem.rows]
-    solution, refined, shifted_away = _best_damping(job, w, h, cross, problem.train.tokens, judge)
-    result, solutions = refined, [solution] * len(problem.rows)
-    if judge is not None:
-        result = _guard(judge, problem, solution.weight, refined, "refinement", undone)
-        if shifted_away:
-            plain, steady, _ = _attempt(job, w, h, None, job.recipe.damp_percent)
-            without: list[list[str]] = [[] for _ in problem.rows]
-            steady = _guard(judge, problem, plain.weight, steady, "refinement", without)
-            back: list[list[str]] = [[] for _ in problem.rows]
-            result = _guard(judge, problem, steady, result, "shift", back)
-            for i, names in enumerate(back):
-                if names:  # what is reported is what became of the weight that stays
-                    undone[i], solutions[i] = [*without[i], *names], plain
+    solutions, result, undone = _judged(job, problem, w, h, judge)
     pieces = _split(problem, solutions, result, undone)
     own = Measure(w, h, None)
     fair = None if judge is None else Measure(w, judge.h, None)
@@ -217,6 +208,31 @@ def _pieces(job: Job, problem: Problem, w: Tensor) -> list[_Piece]:
         piece.held_out = None if fair is None else fair.loss_and_energy(piece.weight, rows)
         start = rows.stop
     return pieces
+
+
+def _judged(
+    job: Job, problem: Problem, w: Tensor, h: Tensor, judge: Measure | None
+) -> tuple[list[Solution], QuantizedWeight, list[list[str]]]:
+    """Return each linear's solution, the rows of all, and per linear the stages that `judge` has undone."""
+    assert problem.train is not None, "what needs no data needs no judge"
+    cross = problem.train.cross(problem.name) if problem.paired else None
+    solution, result, shifted_away = _best_damping(job, w, h, cross, problem.train.tokens, judge)
+    solutions = [solution] * len(problem.rows)
+    undone: list[list[str]] = [[] for _ in problem.rows]
+    if judge is None:
+        return solutions, result, undone
+    result = _guard(judge, problem, solution.weight, result, "refinement", undone)
+    if not shifted_away:
+        return solutions, result, undone
+    plain, steady, _ = _attempt(job, w, h, None, job.recipe.damp_percent)
+    without: list[list[str]] = [[] for _ in problem.rows]
+    steady = _guard(judge, problem, plain.weight, steady, "refinement", without)
+    back: list[list[str]] = [[] for _ in problem.rows]
+    result = _guard(judge, problem, steady, result, "shift", back)
+    for i, names in enumerate(back):
+        if names:  # what is reported is what became of the weight that stays
+            undone[i], solutions[i] = [*without[i], *names], plain
+    return solutions, result, undone
 
 
 def _split(
@@ -292,7 +308,8 @@ def _attempt(
     solution = _run_solver(job, target, h, damp_percent, **options)
     refined = solution.weight
     if solution.damp_percent > 0 and not job.solver.paired:  # 0: the Hessian was unusable
-        damped = h.clone()  # H is K² numbers: no identity matrix beside it
+        # not `hessian.damped`, which gives inputs that never occur a weight of 1: here they must not pull at scales
+        damped = h.clone()
         damped.diagonal().add_(solution.damp_percent * h.diagonal().mean())
         refined = refine(refined, target, damped, recipe.refine_rounds)
     return solution, refined, target is not w

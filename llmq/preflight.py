@@ -50,11 +50,6 @@ class Job:
     output_bytes: int  # of all tensors that will be written
 
     @property
-    def calibrated(self) -> bool:
-        """Whether calibration data are needed."""
-        return self.solver.calibrated
-
-    @property
     def paired(self) -> bool:
         """Whether inputs are compared with those in the original model."""
         return self.solver.calibrated and (self.solver.paired or self.recipe.shift > 0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmq.calibration import Calibration
 from llmq.errors import SpecError
-from llmq.families import Linear, Structure
+from llmq.families import Linear, Structure, blocks_replaced, same_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,12 @@ class Batch:
     windows: slice  # which of all windows they are: text, then random tokens, then what is held out
     held_out: bool  # whether they only judge
     text: bool  # whether they are text, and not random tokens
+    counted: Tensor | None  # bool [B, L]; the tokens whose outputs matter; None where all do
     calls: list[_Call]  # per block, what the model passes to it besides the hidden states
+
+    def pick(self, t: Tensor) -> Tensor:
+        """Return the entries of `t` [B, L, D] at the tokens whose outputs matter, float32 [T, D]."""
+        return (t.flatten(0, -2) if self.counted is None else t[self.counted]).float()
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,19 @@ class Stream:
                 if stream.batches:
                     calls = [_shared(new, old) for new, old in zip(calls, stream.batches[-1].calls, strict=True)]
                 windows = slice(first + start, first + start + ids.shape[0])
-                stream.batches.append(Batch(ids, valid, windows, part is held_out, part is not random, calls))
+                counted = valid if part.loss_mask is None else part.loss_mask[start : start + size].to(device)
+                stream.batches.append(Batch(ids, valid, windows, part is held_out, part is not random, counted, calls))
                 stream.hidden.append(hidden)
             first += count
         return stream
+
+    def split(self, *, random: bool) -> tuple[list[int], list[int]]:
+        """Return the numbers of the batches to learn from, those of random tokens only if wanted, and of the judges.
+
+        The judges are what is held out; where nothing is, they are the same batches.
+        """
+        train = [i for i, batch in enumerate(self.batches) if not batch.held_out and (random or batch.text)]
+        return train, [i for i, batch in enumerate(self.batches) if batch.held_out] or train
 
     def fork(self) -> Stream:
         """Return a stream at the same place that moves on its own."""
@@ -103,7 +117,7 @@ class Stream:
 
         def observe(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                seen = next((i for i, x in enumerate(inputs) if _same(x, args[0])), len(inputs))
+                seen = next((i for i, x in enumerate(inputs) if same_memory(x, args[0])), len(inputs))
                 if seen == len(inputs):
                     inputs.append(args[0])
                 order.setdefault(linear.name, []).append(seen)
@@ -168,7 +182,7 @@ def logits(model: PreTrainedModel, structure: Structure, batch: Batch, hidden: T
 
     Everything around the blocks must be loaded.
     """
-    with _replaced(structure, lambda *args, **kwargs: hidden):
+    with blocks_replaced(structure, lambda *_, **__: hidden):
         mask = None if batch.valid is None else batch.valid.long()
         out = model(input_ids=batch.ids, attention_mask=mask, use_cache=False).logits
     assert isinstance(out, Tensor)
@@ -191,15 +205,12 @@ def _record(
     calls: list[_Call] = []
     first: list[Tensor] = []
 
-    def identity(*args: Any, **kwargs: Any) -> Tensor:
-        if not args:
-            args = (kwargs.pop("hidden_states"),)
-        hidden: Tensor = args[0]
-        calls.append(_Call(args[1:], {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
+    def identity(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(_Call(args, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
         first.append(hidden)
         return hidden
 
-    with _replaced(structure, identity):
+    with blocks_replaced(structure, identity):
         model.base_model(input_ids=ids, attention_mask=None if valid is None else valid.long(), use_cache=False)
     if len(calls) != len(structure.blocks):
         raise SpecError(
@@ -221,23 +232,6 @@ def _shared(new: Any, old: Any) -> Any:
     if isinstance(new, dict) and isinstance(old, dict):
         return {key: _shared(value, old.get(key)) for key, value in new.items()}
     return new
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two live tensors are the same memory."""
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-
-
-@contextmanager
-def _replaced(structure: Structure, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Let `forward` stand for every block's own for the duration of the block."""
-    for block in structure.blocks:
-        block.forward = forward
-    try:
-        yield
-    finally:
-        for block in structure.blocks:
-            del block.forward
 
 
 @contextmanager

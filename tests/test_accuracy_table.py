@@ -1,12 +1,11 @@
 """The script that makes the table of docs/accuracy.md: what a row is, and that none is made twice."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from script_loading import load_script
 from tiny_models import make_llama, make_text, make_tokenizer
 
 from llmq import load
@@ -14,18 +13,10 @@ from llmq.errors import SolverError, SpecError
 from llmq_eval.divergence import divergence
 from llmq_eval.windows import read_windows
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("accuracy_table", ROOT / "scripts/accuracy_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("accuracy_table")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmq.calibration import Calibration
 from llmq.errors import CalibrationError, SpecError
 from llmq.families import Linear, find_structure
-from llmq.guidance import _draw, group_rows, stage_weights, token_weights, winsorize
+from llmq.guidance import _draw, group_rows, token_weights, winsorize
 from llmq.hessian import HessianSum
 
 CPU = torch.device("cpu")
@@ -325,15 +325,6 @@ def test_weighted_hessians_are_positive_semidefinite_and_plain_at_weight_one(mod
         # 64 tokens are summed in float32: each entry is off by at most 64 roundings of the largest
         assert values[0] >= -64 * 2.0**-24 * values[-1]
     assert torch.equal(hessian(x, torch.ones(4, 16)), hessian(x, None))
-
-
-def test_linears_of_a_stage_share_the_mean_weight(model: PreTrainedModel) -> None:
-    weights = token_weights(model, linears(model, "0.mlp.gate_proj", "0.mlp.up_proj"), windows())
-    gate, up = weights
-    shared = stage_weights(weights, [gate, up])
-    assert shared.shape == (3, 7)
-    torch.testing.assert_close(shared, (weights[gate][0] + weights[up][0]) / 2)
-    assert torch.equal(stage_weights(weights, [up]), weights[up][0])
 
 
 def test_the_heaviest_tokens_are_limited_to_a_quantile() -> None:

@@ -148,19 +148,12 @@ def _outputs(keep: Path | None) -> Iterator[Path]:
 
 def _calibration(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Calibration | None:
     """Return the windows for all variants; None for a method that needs no data."""
-    from llmq.calibration import load_calibration
+    from llmq.calibration import calibration_of
     from llmq.solvers import SOLVERS
 
     if recipe.method not in SOLVERS or not SOLVERS[recipe.method].calibrated:
         return None
-    return load_calibration(
-        recipe.calibration,
-        tokenizer,
-        num_samples=recipe.num_samples,
-        seq_len=recipe.seq_len,
-        seed=recipe.seed,
-        response_only=recipe.response_only,
-    )
+    return calibration_of(recipe, tokenizer)
 
 
 def _run(bench: _Bench, wanted: Sequence[Variant], folder: Path, keep: bool) -> list[_Row]:

@@ -13,15 +13,13 @@ What cannot be rotated is found out by running it: a part is run before and afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from llmq.errors import SpecError
-from llmq.families import Linear, Structure
+from llmq.families import Linear, Structure, blocks_replaced
 from llmq.transforms.folds import Fold, Norm, bias_of
 from llmq.transforms.hadamard import Kind, rotation_fixing_mean, rotation_matrix
 from llmq.transforms.wiring import Run, Wiring, is_norm, probe_norm
@@ -224,7 +222,12 @@ def _logits(model: PreTrainedModel, structure: Structure, norm: Norm) -> Tensor:
     ids = torch.randint(len(embedding.weight), (1, 16), generator=torch.Generator().manual_seed(0))
     ids = ids.to(embedding.weight.device)
     order: list[str] = []
-    with _without_blocks(structure, lambda: order.append("block")):
+
+    def identity(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        order.append("block")
+        return hidden
+
+    with blocks_replaced(structure, identity):
         handle = norm.module.register_forward_hook(lambda *_: order.append("norm"))
         try:
             logits: Tensor = model.forward(input_ids=ids, use_cache=False).logits
@@ -233,21 +236,3 @@ def _logits(model: PreTrainedModel, structure: Structure, norm: Norm) -> Tensor:
     if order[-1:] != ["norm"] or order.count("norm") != 1:
         raise SpecError(f"{type(model).__name__}: its norm outside the blocks does not come after them")
     return logits.double()
-
-
-@contextmanager
-def _without_blocks(structure: Structure, called: Callable[[], None]) -> Iterator[None]:
-    """Let every block return its hidden states as they are."""
-
-    def identity(*args: Any, **kwargs: Any) -> Tensor:
-        called()
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        return hidden
-
-    for block in structure.blocks:
-        block.forward = identity
-    try:
-        yield
-    finally:
-        for block in structure.blocks:
-            del block.forward

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.errors import SpecError
-from llmq.families import Linear
+from llmq.families import Linear, same_memory
 from llmq.transforms.folds import Fold, Norm, bias_of, scale_consumers_, scale_producer_, touched
 
 Run = Callable[[Tensor], Tensor]  # hidden states [B, T, D] through the block, as the model would call it
@@ -76,7 +76,7 @@ def find_wiring(block: nn.Module, linears: Sequence[Linear], run: Run, x: Tensor
     fed: set[nn.Module] = set()  # norms that some linear reads
     for consumers in _stages(calls, linears):
         read = calls[consumers[0].module][0].x
-        norm = next((m for m in norms if any(_same(event.out, read) for event in calls[m])), None)
+        norm = next((m for m in norms if any(same_memory(event.out, read) for event in calls[m])), None)
         if norm is not None:
             fed.add(norm)
             name, reason = norms[norm], "is no plain norm, or is read by more than the linears it feeds"
@@ -143,7 +143,7 @@ def _stages(calls: _Calls, linears: Sequence[Linear]) -> list[list[Linear]]:
         if linear.module not in calls:
             continue
         read = calls[linear.module][0].x
-        stage = next((s for s in stages if _same(calls[s[0].module][0].x, read)), None)
+        stage = next((s for s in stages if same_memory(calls[s[0].module][0].x, read)), None)
         if stage is None:
             stages.append([linear])
         else:
@@ -233,11 +233,6 @@ def probe_norm(name: str, module: nn.Module) -> Norm:
 def _width(norm: nn.Module) -> int:
     assert isinstance(norm.weight, Tensor)
     return len(norm.weight)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two live tensors are the same memory, perhaps in another shape."""
-    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
 def _names(linears: Sequence[Linear]) -> str:

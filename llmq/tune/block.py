@@ -92,27 +92,20 @@ class _Problem:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        batches = site.stream.batches
-        self.train = [i for i, batch in enumerate(batches) if not batch.held_out]
-        self.judges = [i for i, batch in enumerate(batches) if batch.held_out] or self.train
-        energies = [float(self._picked(i, site.targets[i]).square().mean()) for i in self.train]
+        self.train, self.judges = site.stream.split(random=True)
+        energies = [float(site.stream.batches[i].pick(site.targets[i]).square().mean()) for i in self.train]
         self.energy = sum(energies) / len(energies) or 1.0
 
     def loss(self, batch: int) -> Tensor:
         """Return the loss of one batch."""
-        site = self.site
+        site, pick = self.site, self.site.stream.batches[batch].pick
         out = site.stream.through(site.block, site.index, batch, site.stream.hidden[batch])
-        return (self._picked(batch, out) - self._picked(batch, site.targets[batch])).square().mean() / self.energy
+        return (pick(out) - pick(site.targets[batch])).square().mean() / self.energy
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Return the mean loss of the held-out batches, or of all where none is held out."""
         return sum(float(self.loss(batch)) for batch in self.judges) / len(self.judges)
-
-    def _picked(self, batch: int, t: Tensor) -> Tensor:
-        """Return the float32 entries [T, D] of the valid tokens."""
-        valid = self.site.stream.batches[batch].valid
-        return (t.flatten(0, -2) if valid is None else t[valid]).float()
 
 
 @torch.no_grad()

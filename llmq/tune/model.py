@@ -128,12 +128,10 @@ class _Task:
     def __init__(self, model: Model, start: Stream, end: list[Tensor]) -> None:
         self.model, self.start, self.end = model, start, end
         self.original = {name: p.detach().clone() for name, p in model.vectors.items()}
-        numbers = range(len(start.batches))
-        self.train = [i for i in numbers if start.batches[i].text and not start.batches[i].held_out]
-        self.judges = [i for i in numbers if start.batches[i].held_out] or self.train
+        self.train, self.judges = start.split(random=False)
 
     def loss(self, batch: int) -> Tensor:
-        """Return the mean KL(original ‖ quantized) over the valid tokens of one batch."""
+        """Return the mean KL(original ‖ quantized) over the tokens of one batch whose predictions matter."""
         net, structure = self.model.net, self.model.structure
         expected = self._teacher(batch)
         hidden = self.start.hidden[batch]
@@ -165,9 +163,8 @@ class _Task:
             self.model.vectors[name].copy_(vector)
 
     def _picked(self, batch: int, t: Tensor) -> Tensor:
-        """Return the log-probabilities [T, V] of the valid tokens."""
-        valid = self.start.batches[batch].valid
-        return (t.flatten(0, 1) if valid is None else t[valid]).float().log_softmax(-1)
+        """Return the log-probabilities [T, V] at the tokens whose predictions matter."""
+        return self.start.batches[batch].pick(t).log_softmax(-1)
 
 
 @torch.no_grad()

@@ -56,6 +56,9 @@ class TunableLinear(nn.Module):
             scale, zero = (self._by_column(t) for t in (q.scales, q.zeros))
             latent = torch.clamp(weight.float() / scale + zero, codes - _MARGIN, codes + _MARGIN)
             self.latent = nn.Parameter(latent)
+            # far beyond every level lie the outermost codes
+            beyond = q.grid.encode(torch.tensor([[-1e6, 1e6]]), Affine(torch.ones(1, 1), torch.zeros(1, 1)))
+            self._low, self._high = beyond[0].tolist()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output [..., N] for `x` [..., K]."""
@@ -72,8 +75,7 @@ class TunableLinear(nn.Module):
     def clamp_(self) -> None:
         """Keep the latents where they round to codes of the grid."""
         if self.latent is not None:
-            low, high = self._code_range()
-            self.latent.clamp_(low - _EDGE, high + _EDGE)
+            self.latent.clamp_(self._low - _EDGE, self._high + _EDGE)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
@@ -95,13 +97,6 @@ class TunableLinear(nn.Module):
         if k % size == 0:
             return t.unsqueeze(2).expand(n, t.shape[1], size).reshape(n, k)
         return t.repeat_interleave(size, dim=1)[:, :k]
-
-    def _code_range(self) -> tuple[int, int]:
-        """Return the lowest and the highest code of the grid."""
-        grid, one = self._start.grid, torch.ones(1, 1)
-        far = torch.tensor([[-1e6, 1e6]])
-        low, high = grid.encode(far, Affine(one, torch.zeros(1, 1)))[0].tolist()
-        return low, high
 
 
 @contextmanager

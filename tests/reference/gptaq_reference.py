@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from gptq_reference import Trace, _Groups, damped
+from gptq_reference import Trace, _Groups, damped, sweep_columns
 from order_reference import WHOLE_GROUPS, visit
 from torch import Tensor
 
@@ -27,17 +27,8 @@ def gptaq_columns(
     p = torch.zeros_like(full)
     for i in range(len(h) - 1):  # row i of α triu(D Uᵀ, 1) U, by what it means: least squares on the columns behind
         p[i, i + 1 :] = alpha * drift[i, i + 1 :] @ torch.linalg.inv(full[i + 1 :, i + 1 :])
-    original = w.double()
-    work = original[:, columns].clone()
-    sweep = _Groups(original, bits, symmetric, group_size, order not in WHOLE_GROUPS)
-    loss = torch.zeros(len(w), dtype=torch.float64)
-    for at, column in enumerate(columns):
-        target = work[:, at].clone()
-        rounded = sweep.round(column, target, work[:, at : at + sweep.columns_of(column)], columns[at:])
-        error = (target - rounded) / u[at, at]
-        loss += error**2
-        work[:, at:] += target[:, None] * p[at, at:] - error[:, None] * u[at, at:]
-    return sweep.trace(loss)
+    sweep = _Groups(w.double(), bits, symmetric, group_size, order not in WHOLE_GROUPS)
+    return sweep_columns(sweep, columns, u, p)
 
 
 def p_by_the_paper(h: Tensor, cross: Tensor, alpha: float) -> Tensor:

@@ -38,16 +38,23 @@ def gptq_u_form(
     columns = visit(h, order, group_size)
     inverse = torch.linalg.inv(damped(h, damp_percent)[columns][:, columns])
     u = torch.linalg.cholesky(inverse, upper=True)  # inverse = Uᵀ U
-    original = w.double()
-    work = original[:, columns].clone()
-    sweep = _Groups(original, bits, symmetric, group_size, order not in WHOLE_GROUPS)
-    loss = torch.zeros(len(w), dtype=torch.float64)
+    sweep = _Groups(w.double(), bits, symmetric, group_size, order not in WHOLE_GROUPS)
+    return sweep_columns(sweep, columns, u, torch.zeros_like(u))
+
+
+def sweep_columns(sweep: _Groups, columns: list[int], u: Tensor, p: Tensor) -> Trace:
+    """Round one column after another; correct those behind by its error, and (GPTAQ) by `p` times its target.
+
+    `u` and `p` [K, K] have their rows and columns in the order of `columns`; H⁻¹ = Uᵀ U, and `p` is 0 for GPTQ.
+    """
+    work = sweep.original[:, columns].clone()
+    loss = torch.zeros(len(work), dtype=torch.float64)
     for at, column in enumerate(columns):
         target = work[:, at].clone()
         rounded = sweep.round(column, target, work[:, at : at + sweep.columns_of(column)], columns[at:])
         error = (target - rounded) / u[at, at]
         loss += error**2
-        work[:, at:] -= error[:, None] * u[at, at:]
+        work[:, at:] += target[:, None] * p[at, at:] - error[:, None] * u[at, at:]
     return sweep.trace(loss)
 
 

@@ -1,26 +1,20 @@
 """The script that plants outliers: the same function, other weights, larger activations."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from script_loading import load_script
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples/wiki-llama-1m"
+EXAMPLE = Path(__file__).parents[2] / "examples/wiki-llama-1m"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_outlier_model", ROOT / "scripts/make_outlier_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_outlier_model")
 
 
 @pytest.fixture(scope="module")

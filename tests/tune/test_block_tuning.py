@@ -170,6 +170,19 @@ def test_padding_counts_nothing() -> None:
     assert same(tuned(train, held_out, 0.0), tuned(train, held_out, 1e3))
 
 
+def test_only_answers_are_matched_where_they_alone_count() -> None:
+    def tuned(noise: float) -> dict[str, QuantizedWeight]:
+        train, held_out = split_held_out(replace(windows(6), loss_mask=torch.arange(16).expand(6, 16) % 3 == 0), 0.4, 0)
+        case = make_case(calibration=train, held_out=held_out)
+        site = case.site()
+        for target in site.targets:
+            target[:, 1::3] += noise
+        return tune_block(site, case.layers[0], replace(RATES, steps=6))[0]
+
+    assert same(tuned(0.0), tuned(1e3))
+    assert not same(tuned(0.0), starts(make_case(), 0))
+
+
 def test_weights_that_are_kept_transposed() -> None:
     case = make_case(gpt2(), held_out=windows(2, seed=1))
     site = case.site()

@@ -228,6 +228,22 @@ def test_padding_counts_nothing() -> None:
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_only_answers_are_predicted_where_they_alone_count() -> None:
+    def tuned(noise: float) -> tuple[list[Tensor], float]:
+        mask = torch.arange(16).expand(6, 16) % 3 == 0
+        train, held_out = split_held_out(replace(windows(6), loss_mask=mask), 0.4, 0)
+        case = make_case(calibration=train, held_out=held_out)
+        model, end = to_be_tuned(case), case.end()
+        for hidden in end:
+            hidden[:, 1::3] += noise
+        found, report = tune_model(model, case.stream, end, RATES)
+        return [q.scales for q in found.values()], report.held_out_after
+
+    (a, loss_a), (b, loss_b) = tuned(0.0), tuned(100.0)
+    assert loss_a == loss_b
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def test_without_held_out_windows_those_trained_on_judge() -> None:
     case = make_case()
     before = divergence(case, dense(case, starts(case), {}), held_out=False)
