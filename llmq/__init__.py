@@ -12,7 +12,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from llmq.errors import CalibrationError, CheckpointError, KernelError, LlmqError, SolverError, SpecError
+from llmq.errors import (
+    CalibrationError,
+    CheckpointError,
+    KernelError,
+    LlmqError,
+    RankError,
+    SolverError,
+    SpecError,
+)
 
 if TYPE_CHECKING:
     from llmq.driver import quantize
@@ -29,6 +37,7 @@ __all__ = [
     "KernelError",
     "LlmqError",
     "QuantSpec",
+    "RankError",
     "Recipe",
     "Report",
     "SolverError",

@@ -26,11 +26,12 @@ from llmq.eora import eora
 from llmq.errors import CheckpointError, SolverError, SpecError
 from llmq.families import Linear, find_structure, skeleton
 from llmq.formats import FORMATS
+from llmq.fp8 import open_checkpoint
 from llmq.hf import StoredConfig, check_headers
-from llmq.layers import Observed, measure
 from llmq.loading import Loader
 from llmq.names import file_names
 from llmq.preflight import Job, check_calibration, model_config, prepare
+from llmq.problems import Observed, measure
 from llmq.recipe import make_recipe
 from llmq.report import REPORT
 from llmq.stream import Stream
@@ -57,12 +58,12 @@ class PackedReader(CheckpointReader):
         self.spec = StoredConfig(**config).spec
         self.transposed: set[str] = set()  # names of the codes of modules that keep their weight as [K, N]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Return tensor `name` as stored or, of the codes of a packed layer, the weight in its module's layout."""
         if not name.endswith(".qweight"):
-            return super().read(name)
+            return super().read(name, rows)
         weight = self.weight(name).dequantize()
-        return weight.T if name in self.transposed else weight
+        return (weight.T if name in self.transposed else weight)[rows or slice(None)]
 
     def weight(self, name: str) -> QuantizedWeight:
         """Return the packed weight whose codes are tensor `name`."""
@@ -130,7 +131,7 @@ def open_pair(packed: str | Path, original: str | Path, dtype: str = "auto") -> 
     net = skeleton(model_config(reader), torch.float32)
     layers = file_names(net, reader.keys(), packed_suffix=".qweight")
     check_headers(net, {key: reader.info(key) for key in reader}, layers, reader.spec)
-    source = CheckpointReader(resolve(original))
+    source = open_checkpoint(resolve(original))
     _check_same(net, skeleton(model_config(source), torch.float32), f"{source.path} and {reader.path}")
     dense = [f"^{re.escape(x.name)}$" for x in find_structure(net).all_linears if f"{x.name}.weight" not in layers]
     # the recipe quantizes nothing: any group size does that fits every layer

@@ -283,8 +283,11 @@ def _load_responses(
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return the tokens of `text` without special ones, int64 [T]."""
-    batches = tokenizer(list(_blocks(text)), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([token for batch in batches for token in batch], dtype=torch.int64)
+    pieces = [torch.empty(0, dtype=torch.int64)]
+    for block in _blocks(text):  # one at a time: what tokenizers return takes a hundred bytes for every character
+        ids = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces.append(torch.tensor(ids, dtype=torch.int64))
+    return torch.cat(pieces)
 
 
 def _blocks(text: str) -> Iterator[str]:

@@ -5,7 +5,8 @@
     ├── CheckpointError   a checkpoint folder that cannot be read or written
     ├── CalibrationError  calibration data that is missing, unreadable or too short
     ├── SolverError       a weight or Hessian that no solver can work with
-    └── KernelError       no kernel can run a packed layer
+    ├── KernelError       no kernel can run a packed layer
+    └── RankError         a process that shares the run was lost
 
 A message says what is wrong, where, which values were seen, and what to do. It fits on one line.
 """
@@ -37,3 +38,7 @@ class SolverError(LlmqError):
 
 class KernelError(LlmqError):
     """No kernel can run a packed layer."""
+
+
+class RankError(LlmqError):
+    """A process that shares the run was lost, or failed."""

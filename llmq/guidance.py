@@ -12,8 +12,9 @@ run again on the way back, so that what is kept of it in between is its input.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from llmq.calibration import Calibration
 from llmq.errors import CalibrationError, SpecError
 from llmq.families import Linear, find_structure
+from llmq.moe import Bank, banks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,12 +82,13 @@ def token_weights(
         ids = calibration.input_ids[rows].to(device)
         mask = None if calibration.attention_mask is None else calibration.attention_mask[rows].long().to(device)
         parts = {name: total[:, rows] for name, total in sums.items()}
-        with _differentiable(model, blocks), _watched(linears, parts, used):
+        with _differentiable(model, blocks), _watched(linears, parts, used, banks_of(model).values()):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             targets = ids.roll(-1, dims=1) if loss == "nll" else _draw(logits.detach(), seed + start)
             _loss(logits, targets, counted[rows].to(device)).backward()
+    routed = {module for bank in banks_of(model).values() for module in bank.places()}
     for linear in linears:
-        if linear.name not in used:
+        if linear.name not in used and linear.module not in routed:
             raise SpecError(f"{linear.name}: the loss does not depend on it; leave it out with --ignore")
     valid = torch.ones_like(counted) if calibration.attention_mask is None else calibration.attention_mask
     return {name: _normalized(total, valid, name) for name, total in sums.items()}
@@ -159,27 +162,38 @@ def _normalized(total: Tensor, valid: Tensor, where: str) -> Tensor:
 
 
 @contextmanager
-def _watched(linears: Sequence[Linear], sums: dict[str, Tensor], used: set[str]) -> Iterator[None]:
-    """Add the squared gradients of the linears' outputs to `sums`, [groups, B, L] each, while a batch goes back."""
+def _watched(
+    linears: Sequence[Linear], sums: dict[str, Tensor], used: set[str], banks: Iterable[Bank]
+) -> Iterator[None]:
+    """Add the squared gradients of the linears' outputs to `sums`, [groups, B, L] each, while a batch goes back.
+
+    Linears in `banks` get the tokens that are routed to them; the others weigh nothing there.
+    """
+    bank_of = {module: bank for bank in banks for module in bank.places()}
 
     def watch(linear: Linear) -> Callable[[nn.Module, Any, Tensor], None]:
         total = sums[linear.name]
         sizes = group_rows(linear.shape[0], len(total), linear.name)
 
-        def add(gradient: Tensor) -> None:
+        def add(rows: Tensor | None, gradient: Tensor) -> None:
             squares = gradient.reshape(-1, gradient.shape[-1]).float().square()
             means = torch.stack([part.mean(dim=1) for part in squares.split(sizes, dim=1)])
-            total.add_(means.view(total.shape).to(total.device))
+            if rows is None:
+                total.add_(means.view(total.shape).to(total.device))
+            else:  # no copy: a batch's windows lie side by side
+                for part, mean in zip(total, means.to(total.device), strict=True):
+                    part.view(-1).index_add_(0, rows.to(total.device), mean)
             used.add(linear.name)
 
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            if output.numel() != total[0].numel() * output.shape[-1]:
+            rows = bank_of[linear.module].rows if linear.module in bank_of else None
+            if rows is None and output.numel() != total[0].numel() * output.shape[-1]:
                 raise SpecError(
                     f"{linear.name}: gets {output.numel() // output.shape[-1]} tokens of {total[0].numel()}; end-loss "
                     "weights need layers that see every token: leave it out, or calibrate without them"
                 )
             if output.requires_grad:
-                output.register_hook(add)
+                output.register_hook(partial(add, rows))
 
         return hook
 

@@ -6,6 +6,7 @@ Solvers see H only up to scale, so the division by T changes no code; it makes l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,33 @@ class HessianSum:
         if self._cross is not None and shift is not None:
             self._cross.addmm_(shift.T, x)
 
+    def absorb_(self, other: HessianSum) -> None:
+        """Add the sums and counts of `other`, of the same shape, whose memory is used."""
+        if self._weight == 0 and self.dropped == 0:  # 0 + x is x
+            self._sum, self._cross = other._sum, other._cross
+        else:
+            self._sum.add_(other._sum)
+            if self._cross is not None and other._cross is not None:
+                self._cross.add_(other._cross)
+        self._weight += other._weight
+        self.tokens += other.tokens
+        self.dropped += other.dropped
+
+    def blend_(self, other: HessianSum, tokens: float) -> None:
+        """Add the moments of `other`, of the same shape, as if its mean token had come `tokens` times.
+
+        ``H ← (N H + κ H_other) / (N + κ)`` with κ = `tokens`, in units of this sum's mean weight: an estimate of few
+        tokens is shrunk towards one of many. The tokens counted stay those of this sum.
+        """
+        if other._weight == 0:
+            return
+        unit = self._weight / self.tokens if self.tokens else 1.0
+        share = tokens * unit / other._weight
+        self._sum.add_(other._sum, alpha=share)
+        if self._cross is not None and other._cross is not None:
+            self._cross.add_(other._cross, alpha=share)
+        self._weight += tokens * unit
+
     def mean(self, where: str) -> Tensor:
         """Return H = 2 Σ g x xᵀ / Σ g, float32 [K, K]; `where` names the layer in errors.
 
@@ -87,10 +115,23 @@ class HessianSum:
         assert self._cross is not None, "only a paired sum has a cross term"
         return self._cross * self._scale(where)
 
+    def state(self) -> tuple[Tensor, dict[str, float]]:
+        """Return the sum, float32 [K, K], and the counts that go with it; of a sum that is not paired."""
+        assert self._cross is None, "pairs are of one quantized model"
+        return self._sum, {"weight": self._weight, "tokens": self.tokens, "dropped": self.dropped}
+
+    @classmethod
+    def of_state(cls, total: Tensor, counts: Mapping[str, float]) -> HessianSum:
+        """Return the sum whose `state` this was."""
+        found = cls(len(total), total.device)
+        found._sum, found._weight = total, counts["weight"]
+        found.tokens, found.dropped = int(counts["tokens"]), int(counts["dropped"])
+        return found
+
     def _scale(self, where: str) -> float:
         """Return 2 / Σ g once the tokens are enough and sound."""
         seen = self.tokens + self.dropped
-        if self.tokens == 0 or self.dropped > MAX_BAD_TOKENS * seen:
+        if self._weight == 0 or self.dropped > MAX_BAD_TOKENS * seen:
             raise CalibrationError(
                 f"{where}: {self.dropped} of {seen} calibration tokens reach it with NaN or infinite values; "
                 "run with --dtype float32 (float16 overflows on models trained in bfloat16) or check the weights"

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -26,7 +27,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.checkpoint import CheckpointReader, TensorInfo, resolve, tensor_infos
 from llmq.errors import CheckpointError, SpecError
+from llmq.families import auto_class
 from llmq.formats import FORMATS
+from llmq.moe import Bank, fuse_, merges, unfuse_
 from llmq.names import file_names
 from llmq.nn import QuantLinear
 from llmq.types import QuantSpec
@@ -43,7 +46,7 @@ def load(
     device: str | torch.device | None = None,
     adapter: str | Path | None = None,
 ) -> PreTrainedModel:
-    """Return the causal language model in folder or hub id `model`, packed layers packed, in eval mode.
+    """Return the model in folder or hub id `model`, with its head, packed layers packed, in eval mode.
 
     Args:
         model: a packed or dense checkpoint folder, or a hub id.
@@ -56,7 +59,7 @@ def load(
     """
     path = resolve(model)
     CheckpointReader(path)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    loaded: PreTrainedModel = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(
         path, dtype=dtype or "auto", device_map=None if device is None else {"": device}
     )
     if adapter is not None:
@@ -125,6 +128,7 @@ class PackedQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._banks: dict[str, Bank] = {}  # of experts that are packed
         if not self.pre_quantized:
             raise SpecError("llmq.hf loads packed checkpoints; make one with `llmq quantize`, or call disable() first")
 
@@ -135,8 +139,11 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether generation may compile the model: yes, the operator has a fake implementation."""
-        return True
+        """Whether generation may compile the model: yes, the operator has a fake implementation.
+
+        Not so where experts are packed: which of them run depends on the data.
+        """
+        return not self._banks
 
     def is_serializable(self) -> bool:
         """Whether `save_pretrained` works: yes, with the tensors that were loaded."""
@@ -153,6 +160,7 @@ class PackedQuantizer(HfQuantizer):
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise SpecError("device_map puts packed layers on disk; give them memory on a CPU or GPU")
         infos = tensor_infos(checkpoint_files or [])
+        banks = _take_apart(model, infos)
         packed = file_names(model, infos, packed_suffix=".qweight")
         spec = self.quantization_config.spec
         check_headers(model, infos, packed, spec)
@@ -170,7 +178,18 @@ class PackedQuantizer(HfQuantizer):
         if missing:
             where = _where(checkpoint_files)
             raise CheckpointError(f"{where}: tensor {min(missing)} is missing ({len(missing)} in all)")
+        if any(isinstance(module, QuantLinear) for bank in banks.values() for module in bank.modules()):
+            self._banks = banks
+        else:  # dense experts are transformers' own business
+            for name, bank in banks.items():
+                fuse_(model, bank, name)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Return the conversions between files and model, without those that would merge experts that are packed."""
+        kept = [x for x in weight_conversions if not (isinstance(x, WeightConverter) and merges(x, self._banks))]
+        updated: list[Any] = super().update_weight_conversions(kept, model)  # type: ignore[no-untyped-call]
+        return updated
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for module in model.modules():
@@ -209,6 +228,16 @@ def check_headers(
     stray = [key for key in infos if key.rpartition(".")[2] in _OWNED and key not in accounted]
     if stray:
         raise CheckpointError(f"packed tensor {stray[0]} belongs to no linear layer of the model ({len(stray)} such)")
+
+
+def _take_apart(model: PreTrainedModel, infos: dict[str, TensorInfo]) -> dict[str, Bank]:
+    """Put banks of linear layers in the place of the fused experts that the files have apart, and return them."""
+    whole = file_names(model, infos, merged=False)
+    banks = unfuse_(model)
+    for name, bank in list(banks.items()):
+        if any(f"{name}.{part.parameter}" in whole for part in bank.parts()):
+            fuse_(model, banks.pop(name), name)
+    return banks
 
 
 def _linear_shape(module: nn.Module, name: str) -> tuple[int, int]:

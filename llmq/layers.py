@@ -1,52 +1,33 @@
-"""One stage of linears, from calibration inputs to codes: what is measured, what is solved, and what is taken back.
+"""One stage of linears, from the moments of its inputs to codes: what is solved, and what is taken back.
 
-Linears that see one input share a Hessian, so their rows are stacked and solved as one problem. A tenth of the tokens
-enters no Hessian; whatever improves a layer on the others must not make it worse on those, or it is undone.
+A tenth of the tokens enters no Hessian; whatever improves a layer on the others must not make it worse on those, or it
+is undone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq.errors import SolverError
 from llmq.families import Linear
-from llmq.guidance import group_rows
-from llmq.hessian import HessianSum
 from llmq.preflight import Job
+from llmq.problems import Problem
+from llmq.ranks import ALONE
 from llmq.refine import refine
-from llmq.report import LayerReport
+from llmq.report import STARVED, LayerReport
+from llmq.solvers import SOLVERS
 from llmq.solvers.shift import shifted
-from llmq.stream import Stage, Stream
 from llmq.transforms import magr
 from llmq.types import QuantizedWeight, Solution
 
 # Below so many tokens per input, stronger damping is tried too and the best taken by the loss on held-out tokens.
 _FEW_TOKENS = 16
 _STRONGER_DAMPING = (3.0, 10.0)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Rows that share a Hessian, and the moments of their inputs."""
-
-    rows: list[tuple[Linear, slice]]  # stacked in this order
-    train: HessianSum | None  # None: the solver needs no data
-    held_out: HessianSum | None
-    paired: bool
-
-    @property
-    def name(self) -> str:
-        """The first linear, for errors."""
-        return self.rows[0][0].name
-
-    def weight(self) -> Tensor:
-        """Return the stacked rows, float32 [N, K]."""
-        return torch.cat([linear.weight[rows].float() for linear, rows in self.rows])
 
 
 @dataclass(frozen=True)
@@ -62,10 +43,12 @@ class Layer:
 class _Piece:
     """Rows of one linear, solved, and what they lost."""
 
-    linear: Linear
+    linear: str
     weight: QuantizedWeight
-    solution: Solution  # of the problem that they were part of
+    damp_percent: float
+    remedies: tuple[str, ...]
     undone: list[str]
+    routed: int | None = None
     tokens: tuple[int, int] = (0, 0)  # used, dropped
     train: tuple[float, float] | None = None  # loss, energy
     held_out: tuple[float, float] | None = None
@@ -94,92 +77,39 @@ class Measure:
         return float(((error @ self.h) * error).sum()), float(((w @ self.h) * w).sum())
 
 
-@dataclass(frozen=True)
-class Twin:
-    """A stage in the original block, whose inputs are compared with."""
-
-    stage: Stage
-    last: bool  # whether none comes after it, so that the pass which shows its inputs is the block's last one
-
-
-@dataclass(frozen=True)
-class Observed:
-    """A stage's inputs as they come along two streams: through what is quantized so far and, if wanted, originally."""
-
-    stream: Stream
-    block: nn.Module
-    index: int
-    reference: Stream | None = None
-    original: nn.Module | None = None  # the block as it was
-
-    def batches(self, stage: Stage, twin: Twin | None) -> Iterator[tuple[int, list[Tensor], list[Tensor | None]]]:
-        """Yield the number of each batch, its inputs and those of the original model, one of each per call."""
-        for number in range(len(self.stream.batches)):
-            inputs = self.stream.inputs(self.block, self.index, stage, number)
-            references: list[Tensor | None] = [None] * len(inputs)
-            if self.reference is not None and self.original is not None and twin is not None:
-                inputs_there = self.reference.inputs(self.original, self.index, twin.stage, number, passing=twin.last)
-                references = list(inputs_there)
-            yield number, inputs, references
-
-
-def measure(seen: Observed | None, stage: Stage, twin: Twin | None, weights: Mapping[str, Tensor]) -> list[Problem]:
-    """Return the problems of `stage`, their Hessians summed over all batches.
-
-    Args:
-        seen: where the inputs come from; None: nothing is to be measured.
-        stage: linears that share an input.
-        twin: the same stage in the original block, where the problems are to be paired. With the last one, the
-            reference moves past the block.
-        weights: by name, how much each linear's tokens count, [groups, S, L]; empty where all count alike.
-    """
-    whole = [(linear, slice(0, linear.shape[0])) for linear in stage.linears]
-    if seen is None:
-        return [Problem(whole, None, None, paired=False)]
-    held_out = any(batch.held_out for batch in seen.stream.batches)
-    device = seen.stream.hidden[0].device
-
-    def problem(rows: list[tuple[Linear, slice]]) -> Problem:
-        sums = [HessianSum(stage.linears[0].shape[1], device, paired=twin is not None) for _ in range(1 + held_out)]
-        return Problem(rows, sums[0], sums[1] if held_out else None, twin is not None)
-
-    split: list[tuple[Problem, Tensor | None]] = []
-    own = [weights[linear.name] for linear in stage.linears if weights]
-    if all(w is own[0] and len(w) == 1 for w in own):  # one Hessian does for all
-        split.append((problem(whole), own[0][0] if own else None))
-    else:
-        for (linear, rows), groups in zip(whole, own, strict=True):
-            start = 0
-            for w, size in zip(groups, group_rows(rows.stop, len(groups), linear.name), strict=True):
-                split.append((problem([(linear, slice(start, start + size))]), w))
-                start += size
-    for number, inputs, references in seen.batches(stage, twin):
-        batch = seen.stream.batches[number]
-        for part, tokens in split:
-            total = part.held_out if batch.held_out else part.train
-            assert total is not None, "a batch is held out only where the stream says so"
-            mine = None if tokens is None else tokens[batch.windows].to(device)
-            for x, reference in zip(inputs, references, strict=True):
-                total.add_(x, batch.valid, mine, reference)
-    return [part for part, _ in split]
-
-
-def solve_stage(job: Job, block: int, problems: list[Problem]) -> list[Layer]:
+def solve_stage(job: Job, block: int, problems: Iterable[Problem]) -> list[Layer]:
     """Return the solved linears of one stage, in its order.
 
     Raises:
         SolverError: a Hessian holds NaN or infinity, or a scale does not fit its dtype.
         CalibrationError: no token arrived, or too many of them were not finite.
     """
-    pieces: dict[str, list[_Piece]] = {}
-    for problem in problems:
-        for piece in _solve(job, problem):
-            pieces.setdefault(piece.linear.name, []).append(piece)
-    return [_join(block, parts) for parts in pieces.values()]
+    linears: dict[str, Linear] = {}
+    pieces: dict[int, list[_Piece]] = {}  # by number of the problem
+    owned: dict[int, list[_Piece]] = {}
+    dealt = False
+    for number, problem in enumerate(problems):
+        linears |= {linear.name: linear for linear, _ in problem.rows}
+        dealt |= problem.owner is not None
+        if problem.owner is None:
+            pieces[number] = _solve(job, problem)
+        elif problem.owner == job.ranks.rank:
+            owned[number] = _solve(replace(job, ranks=ALONE), problem)
+    if dealt:
+        for found in job.ranks.gather(owned):
+            pieces |= found
+    found_of: dict[str, list[_Piece]] = {}
+    for number in sorted(pieces):
+        for piece in pieces[number]:
+            found_of.setdefault(piece.linear, []).append(piece)
+    return [_join(block, linear, found_of[name]) for name, linear in linears.items()]
 
 
 def _solve(job: Job, problem: Problem) -> list[_Piece]:
     """Return the pieces of a problem, in the order of its rows; errors name its first linear."""
+    if STARVED in problem.remedies:
+        plain = job.recipe.model_copy(update={"shift": 0.0, "refine_rounds": 0, "magr": 0.0})
+        job = replace(job, recipe=plain, solver=SOLVERS["weighted_rtn"])
     try:
         return _pieces(job, problem, problem.weight())
     except SolverError as error:
@@ -204,6 +134,7 @@ def _pieces(job: Job, problem: Problem, w: Tensor) -> list[_Piece]:
     for piece in pieces:
         rows = slice(start, start + len(piece.weight.codes))
         piece.tokens = problem.train.tokens, problem.train.dropped
+        piece.routed, piece.remedies = problem.routed, (*problem.remedies, *piece.remedies)
         piece.train = own.loss_and_energy(piece.weight, rows)
         piece.held_out = None if fair is None else fair.loss_and_energy(piece.weight, rows)
         start = rows.stop
@@ -241,20 +172,23 @@ def _split(
     sizes = [rows.stop - rows.start for _, rows in problem.rows]
     parts = zip(whole.codes.split(sizes), whole.scales.split(sizes), whole.zeros.split(sizes), strict=True)
     return [
-        _Piece(linear, replace(whole, codes=codes, scales=scales, zeros=zeros), solution, names)
+        _Piece(
+            linear.name,
+            replace(whole, codes=codes, scales=scales, zeros=zeros),
+            solution.damp_percent,
+            solution.remedies,
+            names,
+        )
         for (linear, _), (codes, scales, zeros), solution, names in zip(
             problem.rows, parts, solutions, undone, strict=True
         )
     ]
 
 
-def _join(block: int, pieces: list[_Piece]) -> Layer:
+def _join(block: int, linear: Linear, pieces: list[_Piece]) -> Layer:
     """Return the layer whose rows `pieces` are; its module still holds the original weight."""
-    first, linear = pieces[0], pieces[0].linear
-    codes, scales, zeros = (
-        torch.cat([getattr(piece.weight, name) for piece in pieces]) for name in ("codes", "scales", "zeros")
-    )
-    whole = replace(first.weight, codes=codes, scales=scales, zeros=zeros)
+    first = pieces[0]
+    whole = _stacked([piece.weight for piece in pieces])
     loss, relative = _relative([piece.train for piece in pieces])
     weight = linear.weight.float()
     norm = float(weight.norm())
@@ -267,9 +201,10 @@ def _join(block: int, pieces: list[_Piece]) -> Layer:
         relative,
         _relative([piece.held_out for piece in pieces])[1],
         float((weight - whole.dequantize()).norm()) / norm if norm else 0.0,
-        max(piece.solution.damp_percent for piece in pieces),
-        tuple(dict.fromkeys(remedy for piece in pieces for remedy in piece.solution.remedies)),
+        max(piece.damp_percent for piece in pieces),
+        tuple(dict.fromkeys(remedy for piece in pieces for remedy in piece.remedies)),
         tuple(dict.fromkeys(name for piece in pieces for name in piece.undone)),
+        first.routed,
     )
     return Layer(linear, whole, report)
 
@@ -298,7 +233,35 @@ def _best_damping(
 def _attempt(
     job: Job, w: Tensor, h: Tensor, cross: Tensor | None, damp_percent: float
 ) -> tuple[Solution, QuantizedWeight, bool]:
-    """Return the solver's answer, the refined one, and whether both aim at shifted weights."""
+    """Return the solver's answer, the refined one, and whether both aim at shifted weights.
+
+    Rows know nothing of each other: they are solved as many at a time as the budget allows, and ranks share them.
+    """
+    parts = job.ranks.shared(
+        {
+            number: _attempt_rows(job, rows, h, cross, damp_percent)
+            for number, rows in enumerate(w.split(job.budget.solver_rows or len(w)))
+            if number % job.ranks.world == job.ranks.rank
+        }
+    )
+    first = parts[0][0]
+    if len(parts) == 1:
+        return parts[0]
+    solved, refined = (_stacked(weights) for weights in zip(*((s.weight, r) for s, r, _ in parts), strict=True))
+    remedies = tuple(dict.fromkeys(remedy for solution, _, _ in parts for remedy in solution.remedies))
+    return Solution(solved, first.damp_percent, remedies), refined, parts[0][2]
+
+
+def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return the weight whose rows are those of `weights`."""
+    codes, scales, zeros = (torch.cat([getattr(w, part) for w in weights]) for part in ("codes", "scales", "zeros"))
+    return replace(weights[0], codes=codes, scales=scales, zeros=zeros)
+
+
+def _attempt_rows(
+    job: Job, w: Tensor, h: Tensor, cross: Tensor | None, damp_percent: float
+) -> tuple[Solution, QuantizedWeight, bool]:
+    """Return what `_attempt` does, of all of these rows at once."""
     recipe, options = job.recipe, {}
     target = w
     if cross is not None and job.solver.paired:

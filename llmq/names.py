@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def file_names(model: PreTrainedModel, keys: Iterable[str], packed_suffix: str = "") -> dict[str, str]:
+def file_names(
+    model: PreTrainedModel, keys: Iterable[str], packed_suffix: str = "", *, merged: bool = True
+) -> dict[str, str]:
     """Return the file's name of each parameter and buffer of `model` that the file's `keys` contain.
 
-    With `packed_suffix` (``.qweight``) only keys with that ending count, each standing for the module's weight.
+    With `packed_suffix` (``.qweight``) only keys with that ending count, each standing for the module's weight. Without
+    `merged` what the files have in pieces is left out, instead of refused.
 
     Raises:
         SpecError: a weight inside the model is fused from several tensors of the file.
@@ -35,13 +38,15 @@ def file_names(model: PreTrainedModel, keys: Iterable[str], packed_suffix: str =
         if not key.endswith(packed_suffix):
             continue
         source = key.removesuffix(packed_suffix) + ".weight" if packed_suffix else key
-        name, fused = rename_source_key(source, renamings, converters, model.base_model_prefix, known)
-        if name not in known:
-            name, fused = rename_source_key(source, [], [], model.base_model_prefix, known)
+        # as transformers would; apart, where the experts of the model are apart like those of the files; as it is
+        for first, second in ((renamings, converters if merged else []), (renamings, []), ([], [])):
+            name, fused = rename_source_key(source, first, second, model.base_model_prefix, known)
+            if name in known:
+                break
         if fused is not None and name in known:
             raise SpecError(
                 f"{type(model).__name__}: {name} is put together from several tensors of the files ({key} is one); "
-                "llmq does not quantize fused weights yet"
+                "llmq takes apart what it knows as experts only"
             )
         if name in known:
             found[name] = key

@@ -53,11 +53,17 @@ class QuantLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
-        # Models ask their linears for weight.dtype or weight.device, and transformers initializes what it finds there
-        self.register_buffer("weight", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("placeholder", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.stored_names = tuple(layout)
         self.kernel: str | None = None  # row of ops.KERNELS that holds the weight; None: the checkpoint's tensors do
         self._dtype: torch.dtype | None = None  # of the activations that the kernel was chosen for
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing, of the layer's dtype and on its device, for models that ask their linears for these."""
+        empty = self.get_buffer("placeholder")
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]  # some want to fill it with random numbers
+        return empty
 
     @property
     def layer(self) -> ops.Layer:
@@ -150,7 +156,7 @@ class QuantLinear(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
-            if name == "weight":
+            if name == "placeholder":
                 continue
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:

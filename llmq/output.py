@@ -1,4 +1,4 @@
-"""What closes an output folder: its configuration, and the files that go along with the weights."""
+"""What is written: the layout of an output folder, the tensors of a block, and the files that close it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,93 @@ from pathlib import Path
 from llmq import environment
 from llmq.checkpoint import CONFIG, FOREIGN_WEIGHTS, INDEX, CheckpointReader
 from llmq.preflight import Job
-from llmq.report import REPORT
+from llmq.report import REPORT, coverage
+from llmq.run import Run
+from llmq.writing import CheckpointWriter, Slot
+
+
+def slots(job: Job) -> dict[str, Slot]:
+    """Return every tensor that the output will hold, by name, in the order of the model."""
+    linears = {f"{linear.name}.weight": linear for linear in job.linears}
+    found: dict[str, Slot] = {}
+    for name, file_name in job.names.items():
+        if name not in linears:
+            info = job.source.info(file_name)
+            found[file_name] = Slot(info.shape, info.dtype)
+            continue
+        for local, (shape, dtype) in job.format.layout(job.spec, *linears[name].shape).items():
+            found[f"{file_name.removesuffix('weight')}{local}"] = Slot(shape, dtype)
+    if job.unties:
+        head = job.head_name
+        found[head] = Slot(tuple(job.model.get_parameter(head).shape), job.stored_dtype)
+    replaced = set(job.names.values())
+    for key in job.source:
+        if key not in replaced:
+            info = job.source.info(key)
+            found[key] = Slot(info.shape, info.dtype)
+    return found
+
+
+def write_block(run: Run, writer: CheckpointWriter, index: int) -> None:
+    """Write the packed weights of a block and everything else in it."""
+    job, prefix = run.job, run.prefix(index)
+    for linear in job.structure.linears[index]:
+        base = job.names[f"{linear.name}.weight"].removesuffix("weight")
+        for local, tensor in job.format.pack(run.weights[linear.name], job.spec).items():
+            writer.write(f"{base}{local}", tensor)
+    packed = {f"{linear.name}.weight" for linear in job.structure.linears[index]}
+    _write_dense(run, writer, [name for name in job.names if name.startswith(prefix) and name not in packed])
+
+
+def _write_dense(run: Run, writer: CheckpointWriter, names: list[str]) -> None:
+    """Write the tensors of these names in the model that are not packed: as they were, or as they have become."""
+    for name in names:
+        file_name = run.job.names[name]
+        if name in run.rewriter.changed:
+            dtype = run.job.source.info(file_name).dtype
+            writer.write(file_name, run.job.model.get_parameter(name).detach().to(dtype))
+        else:
+            _copy(run.job, writer, file_name)
+
+
+def _copy(job: Job, writer: CheckpointWriter, name: str) -> None:
+    """Write a tensor of the source as it is."""
+    for start, rows in job.source.pieces(name):
+        writer.write(name, rows, start)
+
+
+def finish(run: Run, writer: CheckpointWriter) -> None:
+    """Write what is outside the blocks, and close the output with its configuration and the report."""
+    job, report = run.job, run.report
+    with run.timed("write"):
+        _write_dense(run, writer, [name for name in job.names if not name.startswith(job.structure.prefixes)])
+        if job.unties:
+            writer.write(job.head_name, job.model.get_output_embeddings().weight.detach().to(job.stored_dtype))
+        rest = sorted(set(job.source.keys()) - set(job.names.values()))
+        for key in rest:
+            _copy(job, writer, key)
+    report.dense = {
+        "ignored_linears": job.structure.ignored,
+        "tensors": len(job.source.keys()) - len(job.linears),
+        "rewritten": sorted(run.rewriter.changed),
+        "not_in_files": [name for name in job.model.state_dict() if name not in job.names],  # tied, or of another head
+        "not_in_model": rest,
+    }
+    copies, left_out = side_files(job.source)
+    report.files = {"copied": [path.name for path in copies], "left_out": left_out}
+    report.bytes = {
+        "source_tensors": sum(job.source.info(key).nbytes for key in job.source),
+        "output_tensors": job.output_bytes,
+        "packed": job.packed_bytes,
+    }
+    report.peak_memory_bytes = environment.peak_memory(run.device)
+    quantization = quantization_config(job, run.stage_names)
+    config = {**job.source.config, "quantization_config": quantization}
+    if job.unties:
+        config["tie_word_embeddings"] = False
+    report.transforms = run.rewriter.notes
+    report.experts = coverage(report.layers)
+    writer.finish(config, {"quantize_config.json": quantization, REPORT: report.to_dict()}, copies)
 
 
 def quantization_config(job: Job, stage_names: list[list[str]]) -> dict[str, object]:
@@ -17,7 +103,7 @@ def quantization_config(job: Job, stage_names: list[list[str]]) -> dict[str, obj
     made = {"quantizer": [f"llmq:{environment.versions()['llmq']}"], "method": recipe.method}
     config = {**job.format.config(job.spec), "modules_in_block_to_quantize": stage_names}
     if job.structure.ignored:  # for GPTQModel and vLLM; "-:" excludes
-        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in job.structure.ignored}
+        config["dynamic"] = {rf"-:^{re.escape(name)}(\..*)?$": {} for name in job.structure.ignored}
     if "damp_percent" in job.solver.options:
         config["damp_percent"] = recipe.damp_percent
     return {**config, "true_sequential": job.solver.calibrated, "static_groups": True, "meta": made}

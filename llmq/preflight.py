@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from llmq.budget import Budget
 from llmq.calibration import Calibration
-from llmq.checkpoint import CheckpointReader, resolve
+from llmq.checkpoint import STAGING, CheckpointReader, resolve
 from llmq.errors import CalibrationError, CheckpointError, SolverError, SpecError
-from llmq.families import Linear, Structure, find_structure, skeleton
+from llmq.families import Linear, Structure, check_stages, find_structure, skeleton
 from llmq.formats import FORMATS, Format
+from llmq.fp8 import open_checkpoint
 from llmq.grids import GRIDS
+from llmq.moe import Bank, left_dense, routers_of
 from llmq.names import file_names
+from llmq.ranks import ALONE, Ranks
 from llmq.recipe import Recipe
 from llmq.solvers import SOLVERS, Solver
 from llmq.types import Grid, QuantSpec
+from llmq.unfused import take_apart
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -46,8 +53,11 @@ class Job:
     names: dict[str, str]  # name in the module tree -> name in the source's files
     dtype: torch.dtype  # of the calibration forward pass
     stored_dtype: torch.dtype  # of what is not packed
+    unties: bool  # whether the head, tied to embeddings that are rotated, gets a weight of its own
     packed_bytes: int  # of the packed layers, all their tensors counted
     output_bytes: int  # of all tensors that will be written
+    budget: Budget = field(default_factory=Budget)
+    ranks: Ranks = ALONE  # which processes share it
 
     @property
     def paired(self) -> bool:
@@ -58,6 +68,12 @@ class Job:
     def needs_reference(self) -> bool:
         """Whether a second stream runs through the original blocks."""
         return self.paired or self.recipe.tune_steps > 0 or self.recipe.tune_epochs > 0
+
+    @property
+    def head_name(self) -> str:
+        """The name of the head's weight, in the module tree and, where it is untied, in the output."""
+        head = self.model.get_output_embeddings()
+        return next(f"{name}.weight" for name, module in self.model.named_modules() if module is head)
 
     @property
     def linears(self) -> list[Linear]:
@@ -80,15 +96,17 @@ def prepare(model: str | Path, recipe: Recipe) -> Job:
     # a layer that every group size fits: what the format refuses here it refuses everywhere
     if refusal := layout.refuses(spec, 32, 32 * spec.group_columns(32)):
         raise SpecError(refusal)
-    for stage in ("tune_steps", "tune_epochs", "guidance_groups"):
-        if getattr(recipe, stage) and not solver.calibrated:
+    for stage in ("tune_steps", "tune_epochs", "guidance_groups", "rotation", "scaling"):
+        if getattr(recipe, stage) not in (0, "none") and not solver.calibrated:
             raise SpecError(f"{stage} needs calibration, which method {recipe.method} does without; use --method gptq")
-    source = CheckpointReader(resolve(model))
+    source = open_checkpoint(resolve(model))
     _check_dense(source)
     own = _own_dtype(source)
     dtype = _forward_dtype(recipe, own)
     net = skeleton(model_config(source), dtype)
-    structure = find_structure(net, recipe.ignore)
+    check_stages(net.config, recipe)
+    source, banks = take_apart(source, net, recipe.ignore)
+    structure = _with_banks(find_structure(net, recipe.ignore), banks, routers_of(net, banks), recipe.ignore)
     names = file_names(net, source.keys())
     _check_complete(net, source, names)
     linears = structure.all_linears
@@ -97,12 +115,15 @@ def prepare(model: str | Path, recipe: Recipe) -> Job:
     packed = sum(_packed_bytes(linear, spec, layout) for linear in linears)
     replaced = {names[f"{linear.name}.weight"] for linear in linears}
     dense = sum(source.info(key).nbytes for key in source if key not in replaced)
-    if recipe.rotation != "none" and net.config.get_text_config().tie_word_embeddings:
+    unties = recipe.rotation != "none" and bool(net.config.get_text_config().tie_word_embeddings)
+    if unties:
         head = net.get_output_embeddings().weight
         assert isinstance(head, Tensor)
         dense += head.numel() * own.itemsize  # it gets a weight of its own
     grid = GRIDS["uniform"](spec.bits, spec.symmetric, recipe.sym_range)
-    return Job(source, recipe, spec, grid, solver, layout, net, structure, names, dtype, own, packed, packed + dense)
+    return Job(
+        source, recipe, spec, grid, solver, layout, net, structure, names, dtype, own, unties, packed, packed + dense
+    )
 
 
 def check_output(job: Job, output: Path) -> None:
@@ -116,12 +137,17 @@ def check_output(job: Job, output: Path) -> None:
         raise CheckpointError(f"{output}: is the folder of the original weights; choose another --output")
     while not there.exists():
         there = there.parent
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(there).free + _occupied(output / STAGING)
     if free < job.output_bytes + _DISK_MARGIN:
         raise CheckpointError(
             f"{output}: the disk is full: the packed checkpoint needs {job.output_bytes / 1e9:.2f} GB, "
             f"{free / 1e9:.2f} GB are free; make space or choose another --output"
         )
+
+
+def _occupied(folder: Path) -> int:
+    """Return the bytes of the disk that an unfinished run holds: its output has its room already."""
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
 
 
 def check_calibration(job: Job, calibration: Calibration) -> None:
@@ -152,28 +178,36 @@ def vocabulary(job: Job) -> int:
     return embeddings.shape[0]
 
 
-def check_weights(job: Job, report: Callable[[str], None]) -> None:
+def check_weights(job: Job, report: Callable[[str], None]) -> str:
     """Read every parameter once, looking for NaN, infinity and, where it will be packed, scales beyond float16.
 
     Hours may lie between the first and the last weight; a damaged one is found in the first minute. `report` is told
-    the name of each.
+    the name of each. Returns the sha256 of all of them, hexadecimal, by which the model is known again.
 
     Raises:
         SolverError: a weight is not finite or too large; CheckpointError: it cannot be read.
     """
     packed = {f"{linear.name}.weight": linear for linear in job.linears}
+    digest = hashlib.sha256(json.dumps(job.source.config, sort_keys=True).encode())
     for name, _ in job.model.named_parameters():
         if name not in job.names:
             continue
         report(name)
-        weight = job.source.read(job.names[name])
-        if not weight.isfinite().all():
-            bad = int((~weight.isfinite()).sum())
-            raise SolverError(
-                f"{name}: {bad} of {weight.numel()} values are NaN or infinite; the checkpoint is damaged"
-            )
-        if name in packed:
-            _check_scales(job, packed[name], weight)
+        info = job.source.info(job.names[name])
+        digest.update(f"{name} {info.dtype} {list(info.shape)}".encode())
+        linear = packed.get(name)
+        for _, part in job.source.pieces(job.names[name]):
+            if not part.isfinite().all():
+                bad = int((~part.isfinite()).sum())
+                raise SolverError(
+                    f"{name}: {bad} of {part.numel()} values are NaN or infinite; the checkpoint is damaged"
+                )
+            if linear is not None and not linear.transposed:
+                _check_scales(job, linear, part)
+            digest.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
+        if linear is not None and linear.transposed:  # its groups lie across the pieces
+            _check_scales(job, linear, job.source.read(job.names[name]))
+    return digest.hexdigest()
 
 
 def _check_scales(job: Job, linear: Linear, weight: Tensor) -> None:
@@ -183,6 +217,24 @@ def _check_scales(job: Job, linear: Linear, weight: Tensor) -> None:
             job.grid.fit(columns)
     except SolverError as error:
         raise SolverError(f"{linear.name}: {error}") from error
+
+
+def _with_banks(
+    structure: Structure, banks: Mapping[str, Bank], routers: Collection[str], ignore: Sequence[str]
+) -> Structure:
+    """Return `structure` with routers dense: they are small, and a token that goes astray costs more than they do.
+
+    A bank of which every linear is ignored is named once, and not each of its linears.
+    """
+    linears = [[linear for linear in block if linear.name not in routers] for block in structure.linears]
+    fused = left_dense(zip(structure.names, structure.blocks, strict=True), ignore)
+    ignored = {**structure.ignored, **fused, **dict.fromkeys(routers, "a router of experts")}
+    for name, bank in banks.items():
+        members = {f"{name}.{part.name.rpartition('.')[0]}" for part in bank.parts()}
+        if members <= ignored.keys():
+            reason = ignored[min(members)]
+            ignored = {other: why for other, why in ignored.items() if other not in members} | {name: reason}
+    return replace(structure, linears=linears, ignored=ignored)
 
 
 def _row(table: Mapping[str, _Row], name: str, what: str) -> _Row:
@@ -244,9 +296,10 @@ def _forward_dtype(recipe: Recipe, own: torch.dtype) -> torch.dtype:
 def _check_complete(model: PreTrainedModel, source: CheckpointReader, names: dict[str, str]) -> None:
     """Check that the files hold every tensor of the model, in its shape."""
     tied = set(model.all_tied_weights_keys)
+    base = model.base_model_prefix if model.base_model is not model else ""  # T5 has no base model inside
     for name, tensor in model.state_dict().items():
         if name not in names:
-            if name in tied or not name.startswith(model.base_model_prefix):
+            if name in tied or not name.startswith(base):
                 continue
             raise CheckpointError(f"{source.path}: tensor {name} is missing; the checkpoint is incomplete")
         info = source.info(names[name])

@@ -26,8 +26,9 @@ PRESETS: dict[str, dict[str, object]] = {
     "best": {
         "refine_rounds": 4,
         "guidance_groups": 1,
-        "tune_steps": 100,
-        "tune_epochs": 4,
+        "scaling": "smooth",
+        "tune_steps": 200,
+        "tune_epochs": 6,
         "dtype": "float32",
     },
 }

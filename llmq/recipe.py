@@ -16,6 +16,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llmq.errors import SpecError
 from llmq.types import QuantSpec
 
+# What statistics are collected by; the other fields of a recipe decide on codes.
+COLLECTED_BY = (
+    "calibration",
+    "num_samples",
+    "seq_len",
+    "seed",
+    "random_windows",
+    "held_out",
+    "response_only",
+    "guidance_groups",
+    "all_experts",
+    "ignore",
+    "dtype",
+)
+
 
 class Recipe(BaseModel):
     """What `llmq quantize` does; immutable, unknown fields are errors."""
@@ -75,6 +90,9 @@ class Recipe(BaseModel):
     )
     held_out: float = Field(
         0.1, ge=0, lt=1, description="share of the calibration windows that only judges: what loses there is undone"
+    )
+    all_experts: bool = Field(
+        False, description="let every expert learn from all tokens, not only from those that its router sends to it"
     )
     calibration: str | None = Field(
         None, description="text file, .jsonl with a text field, or dataset name; default: a text shipped with llmq"

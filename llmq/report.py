@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 REPORT = "report.json"
+CONTINUING = "continuing"  # the phase that a run which takes up an unfinished one tells first
 
 # Remedies of a layer whose Hessian has no factor; a run in which many end so is not to be trusted.
 DESCENDED = "coordinate descent, no factorization"
 ROUNDED = "round to nearest"
 FALLBACKS = frozenset({DESCENDED, ROUNDED})
+
+# Remedies of experts that the router sends few tokens to.
+STARVED = "weighted round to nearest, too few tokens"
+SHRUNK = "Hessian shrunk towards that of all tokens"
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,34 @@ class LayerReport:
     damp_percent: float
     remedies: tuple[str, ...]
     undone: tuple[str, ...]  # stages that did not help on the held-out tokens
+    routed_tokens: int | None = None  # calibration tokens that the router sends to the expert; None: not one's layer
+
+
+@dataclass(frozen=True)
+class BankReport:
+    """How well the calibration text covers a bank of experts."""
+
+    name: str
+    block: int
+    tokens: list[int]  # by expert, what the router sent there
+    rounded: list[int]  # experts with so few that their last projection was rounded to nearest
+    shrunk: list[int]  # experts with less than they need, whose Hessians lean on those of all tokens
+
+
+def coverage(layers: Iterable[LayerReport]) -> list[BankReport]:
+    """Return the ledger of the experts among `layers`, bank by bank."""
+    banks: dict[str, BankReport] = {}
+    for layer in layers:
+        if layer.routed_tokens is None:
+            continue
+        name, number, _ = layer.name.rsplit(".", 2)
+        bank, expert = banks.setdefault(name, BankReport(name, layer.block, [], [], [])), int(number)
+        bank.tokens.extend([0] * (expert + 1 - len(bank.tokens)))
+        bank.tokens[expert] = layer.routed_tokens
+        for remedy, experts in ((STARVED, bank.rounded), (SHRUNK, bank.shrunk)):
+            if remedy in layer.remedies and expert not in experts:
+                experts.append(expert)
+    return list(banks.values())
 
 
 @dataclass(frozen=True)
@@ -53,6 +87,7 @@ class Report:
     recipe: dict[str, object]
     calibration: dict[str, object] | None
     layers: list[LayerReport] = field(default_factory=list)
+    experts: list[BankReport] = field(default_factory=list)
     transforms: list[str] = field(default_factory=list)
     tuning: list[TuningReport] = field(default_factory=list)
     dense: dict[str, object] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmq.families import Linear, Structure, linears_of
 from llmq.hessian import HessianSum
 from llmq.layers import answer
+from llmq.moe import banks_of
 from llmq.preflight import Job
 from llmq.stream import Stage, Stream
 from llmq.transforms import (
@@ -39,7 +40,6 @@ class Rewriter:
 
     job: Job
     rotation: Tensor | None = None  # float64 [D, D]
-    untied: bool = False  # whether the head has got a weight of its own
     changed: set[str] = field(default_factory=set)  # names of tensors that are no longer those of the files
     notes: list[str] = field(default_factory=list)  # what was done, for the report
 
@@ -58,7 +58,7 @@ class Rewriter:
             return
         self.rotation = residual_rotation(job.model, job.structure, job.recipe.rotation, job.recipe.seed)
         before = _tensors(job.model, job.structure)
-        self.untied = rotate_outer_(job.model, job.structure, self.rotation)
+        rotate_outer_(job.model, job.structure, self.rotation)
         for name, tensor in _tensors(job.model, job.structure).items():
             tensor.copy_(tensor.to(job.stored_dtype))  # what is written is what the rest is calibrated on
             if name in before:
@@ -72,7 +72,7 @@ class Rewriter:
         Raises:
             SpecError: the block cannot be rotated.
         """
-        recipe, prefix = self.job.recipe, f"{self.job.structure.blocks_name}.{index}."
+        recipe, prefix = self.job.recipe, self.job.structure.prefixes[index]
         if recipe.rotation == "none" and recipe.scaling == "none":
             return
         linears = linears_of(block, prefix)
@@ -84,7 +84,9 @@ class Rewriter:
         probe = stream.hidden[0]
         if self.rotation is not None:
             probe = (probe.double() @ self.rotation.T.to(probe.device)).to(probe.dtype)
-        wiring = find_wiring(block, linears, run, probe)
+        # what an expert reads is not one tensor: which tokens reach it differs from batch to batch
+        routed = {module for bank in banks_of(block).values() for module in bank.places()}
+        wiring = find_wiring(block, [linear for linear in linears if linear.module not in routed], run, probe)
         if self.rotation is not None:
             kind = recipe.rotation
             assert kind != "none", "there is a rotation"
@@ -128,18 +130,17 @@ class Rewriter:
 
 def _tensors(model: nn.Module, structure: Structure) -> dict[str, Tensor]:
     """Return the float tensors outside the blocks, by name; tied ones once."""
-    prefix = f"{structure.blocks_name}."
     return {
         name: p.detach()
         for name, p in model.named_parameters()
-        if not name.startswith(prefix) and p.is_floating_point() and not p.is_meta
+        if not name.startswith(structure.prefixes) and p.is_floating_point() and not p.is_meta
     }
 
 
 def _inputs(block: nn.Module, index: int, stream: Stream, fold: Fold) -> tuple[HessianSum, HessianSum | None, Tensor]:
     """Return the Hessian sums of a fold's inputs, those of held-out tokens apart, and the mean of their magnitudes."""
     first = fold.consumers[0]
-    k, device = first.shape[1], stream.hidden[0].device
+    k, device = first.shape[1], stream.hidden.device
     train, judge = HessianSum(k, device), HessianSum(k, device)
     total = torch.zeros(k, device=device)
     stage = Stage([Linear(first.name, first.module, first.transposed)], calls=1)

@@ -39,8 +39,8 @@ STAGES: dict[str, Stage] = {
     "magr": Stage({"magr": 0.01}, {"magr": 0.0}),
     "shift": Stage({"shift": 0.5}, {"shift": 0.0}),
     "guidance": Stage({"guidance_groups": 1}, {"guidance_groups": 0}),
-    "tune_blocks": Stage({"tune_steps": 100}, {"tune_steps": 0}),
-    "tune_model": Stage({"tune_epochs": 4}, {"tune_epochs": 0}),
+    "tune_blocks": Stage({"tune_steps": 200}, {"tune_steps": 0}),
+    "tune_model": Stage({"tune_epochs": 6}, {"tune_epochs": 0}),
 }
 
 

@@ -11,19 +11,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from llmq.activations import HiddenStates
+from llmq.budget import TOKENS_PER_BATCH
 from llmq.calibration import Calibration
+from llmq.calls import Call, joined, record
 from llmq.errors import SpecError
 from llmq.families import Linear, Structure, blocks_replaced, same_memory
+from llmq.moe import Entry, ExpertStage, banks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TOKENS_PER_BATCH = 8192  # large enough for efficient products, small next to a block's weights
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Batch:
     held_out: bool  # whether they only judge
     text: bool  # whether they are text, and not random tokens
     counted: Tensor | None  # bool [B, L]; the tokens whose outputs matter; None where all do
-    calls: list[_Call]  # per block, what the model passes to it besides the hidden states
+    calls: list[Call]  # per block, what the model passes to it besides the hidden states
 
     def pick(self, t: Tensor) -> Tensor:
         """Return the entries of `t` [B, L, D] at the tokens whose outputs matter, float32 [T, D]."""
@@ -48,7 +52,11 @@ class Stage:
     """Linears that see the same input, hence share a Hessian, in the order in which they run."""
 
     linears: list[Linear]
-    calls: int  # how often a forward pass of the block runs the first of them
+    calls: int  # how often a forward pass of the block runs the first of them, or the bank that they are in
+    experts: ExpertStage | None = None  # of linears in a bank, each of which sees what the router sends to its expert
+
+
+_Joints = dict[int, Callable[[Tensor, Tensor, Tensor | None], Tensor]]
 
 
 class _Enough(Exception):  # noqa: N818  not an error
@@ -58,12 +66,13 @@ class _Enough(Exception):  # noqa: N818  not an error
 class Stream:
     """Hidden states of all calibration batches in front of one block, and the arguments of every block's call."""
 
-    def __init__(self, batches: list[Batch], hidden: list[Tensor]) -> None:
+    def __init__(self, batches: list[Batch], hidden: HiddenStates, joints: _Joints | None = None) -> None:
         self.batches = batches
-        self.hidden = hidden  # per batch [B, L, D]
+        self.hidden = hidden
+        self._joints = joints or {}  # by the last block of a stack, what makes of its output the next one's input
 
     @classmethod
-    def start(
+    def start(  # noqa: PLR0913  three kinds of windows
         cls,
         model: PreTrainedModel,
         structure: Structure,
@@ -73,24 +82,33 @@ class Stream:
         random: Calibration | None = None,
         held_out: Calibration | None = None,
         batch_tokens: int | None = None,
+        hidden: HiddenStates | None = None,
     ) -> Stream:
-        """Return the stream in front of the first block; everything around the blocks must be loaded on `device`."""
-        stream, first = cls([], []), 0
+        """Return the stream in front of the first block; everything around the blocks must be loaded on `device`.
+
+        It keeps its states in `hidden`, empty now, or in memory. States that are there already were restored: then the
+        stream stands where they do.
+        """
+        joints: _Joints = {end: partial(joined, model, structure, end) for end in structure.ends}
+        stream, first = cls([], HiddenStates(device) if hidden is None else hidden, joints), 0
+        restored = len(stream.hidden) > 0
         size = max(1, (batch_tokens or TOKENS_PER_BATCH) // calibration.input_ids.shape[1])
-        for part in (calibration, random, held_out):
-            if part is None:
-                continue
+        parts = [part for part in (calibration, random, held_out) if part is not None]
+        total = sum(-(-len(part.input_ids) // size) for part in parts)
+        for part in parts:
             count, masks = part.input_ids.shape[0], part.attention_mask
             for start in range(0, count, size):
                 ids = part.input_ids[start : start + size].to(device)
                 valid = None if masks is None else masks[start : start + size].to(device)
-                hidden, calls = _record(model, structure, ids, valid)
+                entering, calls = record(model, structure, ids, valid)
                 if stream.batches:
-                    calls = [_shared(new, old) for new, old in zip(calls, stream.batches[-1].calls, strict=True)]
+                    calls = [new.sharing(old) for new, old in zip(calls, stream.batches[-1].calls, strict=True)]
                 windows = slice(first + start, first + start + ids.shape[0])
                 counted = valid if part.loss_mask is None else part.loss_mask[start : start + size].to(device)
+                mine = stream.hidden.ranks.owns(len(stream.batches), total)
                 stream.batches.append(Batch(ids, valid, windows, part is held_out, part is not random, counted, calls))
-                stream.hidden.append(hidden)
+                if not restored:
+                    stream.hidden.append(entering, mine=mine)
             first += count
         return stream
 
@@ -102,9 +120,13 @@ class Stream:
         train = [i for i, batch in enumerate(self.batches) if not batch.held_out and (random or batch.text)]
         return train, [i for i, batch in enumerate(self.batches) if batch.held_out] or train
 
-    def fork(self) -> Stream:
-        """Return a stream at the same place that moves on its own."""
-        return Stream(self.batches, list(self.hidden))
+    def fork(self, folder: Path | None = None) -> Stream:
+        """Return a stream at the same place that moves on its own; files of its states go to `folder`."""
+        return self.at(self.hidden.fork(folder))
+
+    def at(self, hidden: HiddenStates) -> Stream:
+        """Return a stream of the same batches that stands where `hidden` does."""
+        return Stream(self.batches, hidden, self._joints)
 
     def stages(self, block: nn.Module, index: int, linears: list[Linear]) -> list[Stage]:
         """Return the stages of block number `index`, observed on one sample.
@@ -113,60 +135,81 @@ class Stream:
             SpecError: a linear is never called, so that no Hessian can be had for it.
         """
         inputs: list[Tensor] = []  # kept alive, so that no two of them share an address
-        order: dict[str, list[int]] = {}  # linear -> position of its inputs
+        order: dict[str, list[int]] = {}  # linear or bank -> position of its inputs
+        banks = banks_of(block)
+        places = {m: (name, last) for name, bank in banks.items() for m, (_, last) in bank.places().items()}
+        watched = {x.name: x.module for x in linears if x.module not in places}
+        watched |= {
+            name: banks[name] for name in dict.fromkeys(places[x.module][0] for x in linears if x.module in places)
+        }
 
-        def observe(linear: Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
                 seen = next((i for i, x in enumerate(inputs) if same_memory(x, args[0])), len(inputs))
                 if seen == len(inputs):
                     inputs.append(args[0])
-                order.setdefault(linear.name, []).append(seen)
+                order.setdefault(name, []).append(seen)
 
             return hook
 
-        with _hooked([(linear.module, observe(linear)) for linear in linears]):
+        with _hooked([(module, observe(name)) for name, module in watched.items()]):
             self._run(block, index, 0)
-        for linear in linears:
-            if linear.name not in order:
-                raise SpecError(f"{linear.name}: never used in a forward pass; leave it out with --ignore")
-        by_input: dict[tuple[int, ...], list[Linear]] = {}
+        for name in watched:
+            if name not in order:
+                raise SpecError(f"{name}: never used in a forward pass; leave it out with --ignore")
+        by_input: dict[tuple[int, ...] | str, Stage] = {}
         for name, seen in order.items():  # in the order of first use
-            by_input.setdefault(tuple(seen), []).append(next(x for x in linears if x.name == name))
-        return [Stage(members, calls=len(seen)) for seen, members in by_input.items()]
+            if name not in banks:
+                member = next(x for x in linears if x.name == name)
+                by_input.setdefault(tuple(seen), Stage([], len(seen))).linears.append(member)
+                continue
+            entries: list[Entry] = []
+            for last in (False, True):
+                members = [x for x in linears if places.get(x.module) == (name, last)]
+                if members:
+                    by_input[f"{name} {last}"] = Stage(members, len(seen), ExpertStage(name, last, entries))
+        return list(by_input.values())
 
     def inputs(self, block: nn.Module, index: int, stage: Stage, batch: int, *, passing: bool = False) -> list[Tensor]:
         """Return what enters the linears of `stage` for one batch: a tensor [..., K] for each call.
 
-        With `passing`, the batch also moves on to what the block returns, which is then final.
+        With `passing`, the batch, one of `hidden.mine`, also moves on to what the block returns, which is then final.
         """
-        seen: list[Tensor] = []
+        found = self.arguments(block, index, batch, stage.linears[0].module, stage.calls, passing=passing)
+        return [args[0] for args in found]
+
+    def arguments(
+        self, block: nn.Module, index: int, batch: int, module: nn.Module, calls: int, *, passing: bool = False
+    ) -> list[tuple[Tensor, ...]]:
+        """Return what `module`, somewhere in the block, is called with, for each of its `calls`; else as `inputs`."""
+        seen: list[tuple[Tensor, ...]] = []
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0])
-            if len(seen) == stage.calls and not passing:  # the rest of the block is of no interest
+            seen.append(args)
+            if len(seen) == calls and not passing:  # the rest of the block is of no interest
                 raise _Enough
 
-        with _hooked([(stage.linears[0].module, keep)]):
+        with _hooked([(module, keep)]):
             out = self._run(block, index, batch)
         if passing:
-            assert out is not None, "no hook ends this pass"
-            self.hidden[batch] = out
+            self._move(batch, index, out)
         return seen
 
     def advance(self, block: nn.Module, index: int) -> None:
-        """Move the hidden states of all batches through block number `index`."""
-        for batch in range(len(self.batches)):
-            out = self._run(block, index, batch)
-            assert out is not None, "no hook ends this pass"
-            self.hidden[batch] = out
+        """Move the hidden states of all batches through block number `index`; errors as for `HiddenStates.arrive`."""
+        for batch in self.hidden.mine:
+            self._move(batch, index, self._run(block, index, batch))
+        self.hidden.arrive()
 
     def through(self, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
         """Return what block number `index` makes of `hidden` [B, L, D], called as for this batch; keeps gradients."""
-        call = self.batches[batch].calls[index]
-        out = block(hidden, *call.args, **call.kwargs)
-        out = out[0] if isinstance(out, tuple) else out
-        assert isinstance(out, Tensor)
-        return out
+        return self.batches[batch].calls[index].run(block, hidden)
+
+    def _move(self, batch: int, index: int, out: Tensor | None) -> None:
+        """Let a batch stand behind block number `index`, which returned `out`: in front of the next one."""
+        assert out is not None, "no hook ends this pass"
+        join = self._joints.get(index)
+        self.hidden[batch] = out if join is None else join(out, self.batches[batch].ids, self.batches[batch].valid)
 
     @torch.no_grad()
     def _run(self, block: nn.Module, index: int, batch: int) -> Tensor | None:
@@ -187,51 +230,6 @@ def logits(model: PreTrainedModel, structure: Structure, batch: Batch, hidden: T
         out = model(input_ids=batch.ids, attention_mask=mask, use_cache=False).logits
     assert isinstance(out, Tensor)
     return out
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Arguments of one call of one block, without the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@torch.no_grad()
-def _record(
-    model: PreTrainedModel, structure: Structure, ids: Tensor, valid: Tensor | None
-) -> tuple[Tensor, list[_Call]]:
-    """Return what enters the first block, and the call of every block, with each block replaced by the identity."""
-    calls: list[_Call] = []
-    first: list[Tensor] = []
-
-    def identity(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append(_Call(args, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
-        first.append(hidden)
-        return hidden
-
-    with blocks_replaced(structure, identity):
-        model.base_model(input_ids=ids, attention_mask=None if valid is None else valid.long(), use_cache=False)
-    if len(calls) != len(structure.blocks):
-        raise SpecError(
-            f"{type(model).__name__}: a forward pass calls {len(calls)} of the {len(structure.blocks)} blocks of "
-            f"{structure.blocks_name}; llmq handles models that call each block once, in order"
-        )
-    return first[0], calls
-
-
-def _shared(new: Any, old: Any) -> Any:
-    """Return `new` with every tensor that equals its counterpart in `old` replaced by it: one copy for all batches."""
-    if isinstance(new, Tensor) and isinstance(old, Tensor):
-        same = new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old)
-        return old if same else new
-    if isinstance(new, _Call):
-        return _Call(_shared(new.args, old.args), _shared(new.kwargs, old.kwargs))
-    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
-        return tuple(_shared(n, o) for n, o in zip(new, old, strict=True))
-    if isinstance(new, dict) and isinstance(old, dict):
-        return {key: _shared(value, old.get(key)) for key, value in new.items()}
-    return new
 
 
 @contextmanager

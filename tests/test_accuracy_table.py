@@ -104,5 +104,5 @@ def test_names_that_mean_nothing_are_refused(script: ModuleType, preset: str) ->
 
 def test_stages_are_added_and_removed(script: ModuleType) -> None:
     fields = script.fields_of("best+rotation-tune_model")
-    assert (fields["rotation"], fields["tune_epochs"], fields["tune_steps"]) == ("hadamard", 0, 100)
-    assert script.fields_of("best")["tune_epochs"] == 4, "the preset itself is left alone"
+    assert (fields["rotation"], fields["tune_epochs"], fields["tune_steps"]) == ("hadamard", 0, 200)
+    assert script.fields_of("best")["tune_epochs"] == 6, "the preset itself is left alone"

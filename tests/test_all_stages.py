@@ -24,7 +24,7 @@ STAGES = ("--bits", 3, "--asym", "--tune-steps", 4, "--tune-epochs", 3, "--guida
 def small_steps() -> Iterator[None]:
     """Let gradient steps see two windows, so that there are several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmq.driver._TOKENS_PER_STEP", 128)
+        patch.setattr("llmq.run.TOKENS_PER_STEP", 128)
         yield
 
 

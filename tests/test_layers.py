@@ -16,8 +16,9 @@ from llmq import layers, preflight
 from llmq.families import Linear
 from llmq.grids.uniform import UniformGrid
 from llmq.hessian import HessianSum
-from llmq.layers import Measure, Problem, measure, solve_stage
+from llmq.layers import Measure, solve_stage
 from llmq.preflight import Job
+from llmq.problems import Problem, measure
 from llmq.recipe import Recipe
 from llmq.refine import refine
 from llmq.report import LayerReport

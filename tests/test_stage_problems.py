@@ -8,7 +8,7 @@ import torch
 from layer_cases import K, linear, tokens
 from torch import Tensor
 
-from llmq.layers import Twin, measure
+from llmq.problems import Twin, measure
 from llmq.stream import Batch, Stage
 
 
@@ -22,7 +22,8 @@ class Seen:
     stream: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stream, first = type("Stream", (), {"batches": [], "hidden": [self.inputs[0][0]]})(), 0
+        hidden = type("Hidden", (), {"device": torch.device("cpu")})()
+        self.stream, first = type("Stream", (), {"batches": [], "hidden": hidden})(), 0
         for calls, judges in zip(self.inputs, self.held_out, strict=True):
             b, length, _ = calls[0].shape
             ids = torch.zeros(b, length, dtype=torch.int64)

@@ -10,7 +10,7 @@ from llmq.stages import STAGES, Stage, is_on, variants
 # Fields that say which solver, which grid, which data or which files; and dials of a stage that is on anyway.
 NO_STAGES = {
     *("method", "bits", "group_size", "sym", "sym_range", "format", "ignore"),
-    *("calibration", "num_samples", "response_only", "seq_len", "seed"),
+    *("calibration", "num_samples", "response_only", "all_experts", "seq_len", "seed"),
     *("dtype", "shard_size", "max_fallback"),
     *("damp_percent", "search_norm"),
 }
@@ -38,7 +38,7 @@ def test_on_and_off_are_valid_and_differ(stage: Stage) -> None:
 def test_on_is_what_the_default_or_a_preset_uses(name: str) -> None:
     used = [make_recipe(fields).model_dump() for fields in PRESETS.values()]
     having = [fields for fields in used if is_on(fields, name)]
-    if having:  # no preset rotates, scales or uses MagR
+    if having:  # no preset rotates or uses MagR
         assert any(STAGES[name].on.items() <= fields.items() for fields in having)
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from tiny_models import make_llama, make_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, PretrainedConfig, PreTrainedModel
 
 from llmq import preflight
 from llmq.calibration import Calibration, from_token_lists, split_held_out
 from llmq.errors import SpecError
 from llmq.families import Linear, Structure
-from llmq.layers import Observed, measure
 from llmq.loading import Loader
+from llmq.problems import Observed, measure
 from llmq.recipe import Recipe
 from llmq.stream import Stream, logits
 
@@ -101,6 +101,7 @@ class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.layers = nn.Embedding(16, 8), nn.ModuleList([Looped()])
+        self.config = PretrainedConfig()
 
     @property
     def base_model(self) -> nn.Module:
@@ -118,7 +119,7 @@ def test_a_linear_called_twice_accumulates_both_calls() -> None:
     model = Wrapped()
     block = model.layers[0]
     assert isinstance(block, Looped)
-    structure = Structure("layers", [block], [[]], [])
+    structure = Structure(["layers.0"], [block], [[]], {})
     ids = torch.randint(16, (2, 5))
     stream = Stream.start(model, structure, Calibration(ids, None, "x", "y"), CPU)
     (stage,) = stream.stages(block, 0, [Linear("twice", block.twice, transposed=False)])
@@ -136,7 +137,7 @@ def test_a_linear_that_never_runs_is_named() -> None:
     model = Wrapped()
     block = model.layers[0]
     assert isinstance(block, Looped)
-    structure = Structure("layers", [block], [[]], [])
+    structure = Structure(["layers.0"], [block], [[]], {})
     stream = Stream.start(model, structure, Calibration(torch.zeros(1, 4).long(), None, "x", "y"), CPU)
     with pytest.raises(SpecError, match=r"layers\.0\.never: never used .* --ignore"):
         stream.stages(block, 0, [Linear("layers.0.never", block.never, transposed=False)])

@@ -16,12 +16,15 @@ import typer
 from llmq import __version__
 from llmq.cli.ablate import ablate_command
 from llmq.cli.adapter import adapter_command
+from llmq.cli.collect import collect_command
 from llmq.cli.eval import eval_command
 from llmq.cli.generate import generate_command
 from llmq.cli.inspect import inspect_command
+from llmq.cli.plan import plan_command
 from llmq.cli.quantize import quantize_command
 from llmq.cli.recipe import recipe_command
 from llmq.errors import LlmqError
+from llmq.joining import first_speaks, world_here
 
 app = typer.Typer(
     name="llmq",
@@ -52,8 +55,9 @@ def _root(
 
 
 def _ended(reason: object, exit_code: int) -> typer.Exit:
-    """Print `reason` on one line and return what ends the program with `exit_code`."""
-    typer.echo(f"error: {' '.join(str(reason).split())}", err=True)
+    """Print `reason` on one line and return what ends the program with `exit_code`; one of several processes prints."""
+    if world_here()[0] == 0:
+        typer.echo(f"error: {' '.join(str(reason).split())}", err=True)
     return typer.Exit(exit_code)
 
 
@@ -62,18 +66,19 @@ def _register(name: str, command: Callable[..., None]) -> None:
 
     @wraps(command)
     def run(debug: bool = False, **arguments: Any) -> None:
-        try:
-            command(**arguments)
-        except LlmqError as error:
-            if debug:
-                raise
-            raise _ended(error, error.exit_code) from error
-        except OSError as error:  # a file or folder that the system does not let llmq use
-            if debug:
-                raise
-            raise _ended(error, LlmqError.exit_code) from error
-        except KeyboardInterrupt as interrupt:
-            raise _ended("interrupted; unfinished output has been removed", LlmqError.exit_code) from interrupt
+        with first_speaks():
+            try:
+                command(**arguments)
+            except LlmqError as error:
+                if debug:
+                    raise
+                raise _ended(error, error.exit_code) from error
+            except OSError as error:  # a file or folder that the system does not let llmq use
+                if debug:
+                    raise
+                raise _ended(error, LlmqError.exit_code) from error
+            except KeyboardInterrupt as interrupt:
+                raise _ended("interrupted; to go on, run the same command again", LlmqError.exit_code) from interrupt
 
     option = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
     debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
@@ -85,6 +90,8 @@ def _register(name: str, command: Callable[..., None]) -> None:
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize_command,
+    "plan": plan_command,
+    "collect": collect_command,
     "recipe": recipe_command,
     "eval": eval_command,
     "ablate": ablate_command,

@@ -78,10 +78,16 @@ def eval_command(  # noqa: PLR0913  one parameter per option
 
 
 def _open(directory: str) -> _Folder:
-    """Return the checkpoint in `directory`; raise CheckpointError when there is none."""
+    """Return the checkpoint in `directory`.
+
+    Raises CheckpointError when there is none, and SpecError when its model predicts no next token.
+    """
     from llmq.checkpoint import CheckpointReader, resolve
+    from llmq.families import check_causal
+    from llmq.preflight import model_config
 
     reader = CheckpointReader(resolve(directory))
+    check_causal(model_config(reader), "llmq eval")
     files = {reader.info(name).file for name in reader.keys()}  # noqa: SIM118  not a dict
     return _Folder(reader.path, sum((reader.path / file).stat().st_size for file in files))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -19,12 +19,14 @@ _SWITCHES = {"sym": "--sym/--asym"}  # booleans are --name/--no-name otherwise
 _FILE_ONLY = ("max_fallback",)  # set in a recipe file, too rare for a flag
 
 
-def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+def takes_recipe(command: Callable[..., None], only: Collection[str] = ()) -> Callable[..., None]:
     """Give `command` an option for every recipe field, ``--preset`` and ``--recipe``; it gets the result as `recipe`.
 
-    Values on the command line win over those in the file, which win over those of the preset.
+    Values on the command line win over those in the file, which win over those of the preset. With `only`, there are
+    options for those fields alone.
     """
     fields = {name: field for name, field in Recipe.model_fields.items() if name not in _FILE_ONLY}
+    fields = {name: field for name, field in fields.items() if not only or name in only}
 
     @wraps(command)
     def run(preset: str = "default", recipe_file: Path | None = None, **arguments: Any) -> None:

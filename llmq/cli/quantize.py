@@ -16,8 +16,9 @@ from rich.progress import Progress as Display
 from llmq.cli.models import DEVICE_HELP, parse_device
 from llmq.cli.options import takes_recipe
 from llmq.cli.tables import facts, human_bytes, show_json
+from llmq.joining import world_here
 from llmq.recipe import Recipe
-from llmq.report import FALLBACKS
+from llmq.report import CONTINUING, FALLBACKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,27 +27,52 @@ if TYPE_CHECKING:
 
 
 @takes_recipe
-def quantize_command(
+def quantize_command(  # noqa: PLR0913  one parameter per option
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)],
     recipe: Recipe,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Use what llmq collect has collected; no calibration.", show_default=False),
+    ] = None,
+    offload_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for hidden states; default: in the output's.", show_default=False),
+    ] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint in the output folder.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what is in the output folder, finished or not.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Quantize a checkpoint into a packed one that llmq and other software load."""
+    """Quantize a checkpoint into a packed one that llmq and other software load.
+
+    A run that was stopped goes on where it was when the same command is repeated.
+    """
     where = parse_device(device)
     from llmq.driver import quantize
 
-    console = Console(stderr=True, highlight=False)
+    first = world_here()[0] == 0  # of the processes that torchrun has started, one speaks
+    console = Console(stderr=True, highlight=False, quiet=not first)
     console.print(facts([("model", model), ("output", output), *recipe.model_dump().items()]))
-    if recipe.calibration is None and recipe.method != "rtn":
+    if recipe.calibration is None and statistics is None and recipe.method != "rtn":
         console.print(
             "calibrating on the small general text that ships with llmq; text like what the model will read is "
             "better: --calibration FILE"
         )
-    with _display(console) as progress:
-        report = quantize(model, output, recipe, device=where, force=force, progress=progress)
+    with display(console) as progress:
+        report = quantize(
+            model,
+            output,
+            recipe,
+            statistics=statistics,
+            offload_dir=offload_dir,
+            device=where,
+            force=force,
+            progress=progress,
+        )
+    if not first:
+        return
     _warn(report, console)
     if as_json:
         show_json(report.to_dict())
@@ -55,7 +81,7 @@ def quantize_command(
 
 
 @contextmanager
-def _display(console: Console) -> Iterator[Callable[[Progress], None]]:
+def display(console: Console) -> Iterator[Callable[[Progress], None]]:
     """Yield a callback that shows progress: a bar with time left and memory, and a line for each finished layer."""
     columns = (
         TextColumn("{task.description}"),
@@ -75,6 +101,9 @@ def _display(console: Console) -> Iterator[Callable[[Progress], None]]:
             memory = f"{process.memory_info().rss / 2**30:.2f} GiB resident"
             text = f"block {event.block + 1} of {event.blocks}, {event.phase}"
             display.update(task, description=text, completed=event.done, total=event.total, memory=memory)
+            if event.phase == CONTINUING:
+                where = f"block {event.block + 1} of {event.blocks}, {event.done} of {event.total} layers done"
+                console.print(f"continuing an unfinished run at {where}")
             if event.layer is not None:
                 layer = event.layer
                 console.print(_line(layer), soft_wrap=True)
@@ -105,8 +134,25 @@ def _warn(report: Report, console: Console) -> None:
     lost = [f"{layer.name} ({layer.remedies[-1]})" for layer in report.layers if FALLBACKS & set(layer.remedies)]
     if lost:
         console.print(f"warning: {len(lost)} layers had no usable Hessian: {', '.join(lost)}")
+    short = sum(len({*bank.rounded, *bank.shrunk}) for bank in report.experts)
+    if short:
+        experts = sum(len(bank.tokens) for bank in report.experts)
+        console.print(
+            f"warning: {short} of {experts} experts got fewer tokens than they need (report.json: experts); give more "
+            "or more varied text (--num-samples), or try --all-experts"
+        )
     if report.files["left_out"]:
         console.print(f"not copied: {', '.join(report.files['left_out'])}")
+
+
+def _coverage(report: Report) -> str:
+    """Return how well the calibration text covers the experts."""
+    tokens = [count for bank in report.experts for count in bank.tokens]
+    rounded, shrunk = (sum(len(getattr(bank, kind)) for bank in report.experts) for kind in ("rounded", "shrunk"))
+    return (
+        f"{len(tokens)} in {len(report.experts)} banks, {min(tokens)} to {max(tokens)} tokens each; {shrunk} lean on "
+        f"what other experts see, {rounded} rounded to nearest"
+    )
 
 
 def _summary(report: Report, output: Path) -> list[tuple[str, object]]:
@@ -121,6 +167,8 @@ def _summary(report: Report, output: Path) -> list[tuple[str, object]]:
     ]
     if losses:
         rows.append(("relative loss", f"{sum(losses) / len(losses):.2e} on average, {max(losses):.2e} at most"))
+    if report.experts:
+        rows.append(("experts", _coverage(report)))
     rows += [
         ("time", f"{sum(report.seconds.values()):.1f} s"),
         ("peak memory", ", ".join(f"{human_bytes(v)} {k}" for k, v in report.peak_memory_bytes.items())),

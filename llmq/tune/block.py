@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmq.activations import HiddenStates
 from llmq.errors import SolverError
 from llmq.families import Linear
 from llmq.report import TuningReport
@@ -43,7 +44,7 @@ class Site:
     index: int  # its number in `stream`
     prefix: str  # its name and a dot
     stream: Stream  # hidden states in front of it
-    targets: list[Tensor]  # per batch what it is to return, [B, L, D]
+    targets: HiddenStates  # what it is to return
 
 
 def tune_block(

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmq.activations import HiddenStates
 from llmq.errors import SolverError
 from llmq.families import Structure
 from llmq.report import TuningReport
@@ -59,56 +60,136 @@ class Model:
         }
 
 
+class Keeper(Protocol):
+    """Where a run that may be killed keeps how far it is."""
+
+    def load(self) -> dict[str, Tensor] | None:
+        """Return what was saved last, if anything was."""
+        ...
+
+    def save(self, state: dict[str, Tensor]) -> None:
+        """Keep `state` in place of what was saved before."""
+        ...
+
+
 def tune_model(
-    model: Model, start: Stream, end: list[Tensor], rates: ModelRates, seed: int = 0
+    model: Model,
+    start: Stream,
+    end: HiddenStates,
+    rates: ModelRates,
+    seed: int = 0,
+    *,
+    keeper: Keeper | None = None,
 ) -> tuple[dict[str, QuantizedWeight], TuningReport]:
     """Return the weights with better scales, and what was gained; norms and biases are changed in the model.
 
     Args:
         model: the model; its parameters are left at the result.
         start: hidden states in front of the first block.
-        end: per batch what the original model's last block returns, [B, L, D].
+        end: what the original model's last block returns.
         rates: passes over the calibration set, and learning rates.
         seed: of the order of batches.
+        keeper: gets the state after every pass, and has that of a run to continue, which ends in the same numbers.
     """
     for parameter in model.net.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None  # whatever earlier passes left there
     task = _Task(model, start, end)
-    changes = [layer.change for layer in model.layers.values()]
-    # Adam moves float32 copies of the vectors: most of its steps are lost in sixteen bits
-    exact = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.vectors.items()}
-    for parameter in (*changes, *model.vectors.values()):
-        parameter.requires_grad_(True)
-    steps = rates.epochs * len(task.train)
-    optimizer = torch.optim.Adam(_parameter_groups(changes, exact, rates), betas=_BETAS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / _WARMUP, 1 - step / max(1, steps))
-    )
-    first, best = _stored_loss(task, changes, exact)
-    least = first
-    kept, step = 0, 0
+    descent = _Descent(task, rates)
+    state = None if keeper is None else keeper.load()
+    if state is None:
+        descent.judge()
+    else:
+        descent.restore(state)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(rates.epochs):
-        for i in torch.randperm(len(task.train), generator=generator).tolist():
-            with torch.enable_grad():
-                task.loss(task.train[i]).backward()
-            for name, vector in model.vectors.items():
-                exact[name].grad = None if vector.grad is None else vector.grad.float()
-                vector.grad = None
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            task.set_vectors(exact)
-            step += 1
-        loss, now = _stored_loss(task, changes, exact)
-        if loss < least:
-            best, least, kept = now, loss, step
-    with torch.no_grad():
-        for parameter, value in zip((*changes, *model.vectors.values()), best, strict=True):
-            parameter.copy_(value)
+    orders = [torch.randperm(len(task.train), generator=generator).tolist() for _ in range(rates.epochs)]
+    for order in orders[descent.step // max(1, len(task.train)) :]:
+        for i in order:
+            descent.move(task.train[i])
+        descent.judge()
+        if keeper is not None:
+            keeper.save(descent.state())
+    descent.settle()
     weights = {name: layer.quantized() for name, layer in model.layers.items()}
-    return weights, TuningReport("model", steps, kept, first, least)
+    return weights, TuningReport("model", descent.step, descent.kept, descent.first, descent.least)
+
+
+class _Descent:
+    """Adam on the scales, norms and biases of a model, and the best that it has found."""
+
+    def __init__(self, task: _Task, rates: ModelRates) -> None:
+        self.task = task
+        self.changes = [layer.change for layer in task.model.layers.values()]
+        # Adam moves float32 copies of the vectors: most of its steps are lost in sixteen bits
+        vectors = task.model.vectors
+        self.exact = {name: nn.Parameter(p.detach().float().clone()) for name, p in vectors.items()}
+        for parameter in (*self.changes, *vectors.values()):
+            parameter.requires_grad_(True)
+        self.moved = [*self.changes, *self.exact.values()]
+        self.optimizer = torch.optim.Adam(_parameter_groups(self.changes, self.exact, rates), betas=_BETAS)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.steps = rates.epochs * len(task.train)
+        self.step = self.kept = 0
+        self.first = self.least = math.inf
+        self.best: list[Tensor] = []
+
+    def move(self, batch: int) -> None:
+        """Take one step, warmed up at first and slower towards the end."""
+        pace = min((self.step + 1) / _WARMUP, 1 - self.step / max(1, self.steps))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = pace * rate
+        with torch.enable_grad():
+            self.task.loss(batch).backward()
+        for name, vector in self.task.model.vectors.items():
+            self.exact[name].grad = None if vector.grad is None else vector.grad.float()
+            vector.grad = None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.task.set_vectors(self.exact)
+        self.step += 1
+
+    def judge(self) -> None:
+        """Keep what there is now if held-out tokens find it best."""
+        loss, now = _stored_loss(self.task, self.changes, self.exact)
+        if self.step == 0:
+            self.first = loss
+        if self.step == 0 or loss < self.least:
+            self.best, self.least, self.kept = now, loss, self.step
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Leave the model at the best."""
+        for parameter, value in zip((*self.changes, *self.task.model.vectors.values()), self.best, strict=True):
+            parameter.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that the next step depends on."""
+        numbers = torch.tensor([self.step, self.kept, self.first, self.least], dtype=torch.float64)
+        found = {"numbers": numbers}
+        found |= {f"moved.{i}": p.detach() for i, p in enumerate(self.moved)}
+        found |= {f"best.{i}": value for i, value in enumerate(self.best)}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            found |= {f"adam.{i}.{name}": value for name, value in moments.items()}
+        return found
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a state."""
+        step, kept, self.first, self.least = state["numbers"].tolist()
+        self.step, self.kept = int(step), int(kept)
+        for i, parameter in enumerate(self.moved):
+            parameter.copy_(state[f"moved.{i}"])
+        device = self.moved[0].device
+        self.best = [state[f"best.{i}"].to(device) for i in range(len(self.moved)) if f"best.{i}" in state]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            kind, _, rest = key.partition(".")
+            if kind == "adam":
+                number, _, name = rest.partition(".")
+                moments.setdefault(int(number), {})[name] = value
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": moments, "param_groups": own["param_groups"]})
+        self.task.set_vectors(self.exact)
 
 
 def _parameter_groups(
@@ -125,7 +206,7 @@ def _parameter_groups(
 class _Task:
     """The divergence of the quantized model's predictions from the original's, in nats per token."""
 
-    def __init__(self, model: Model, start: Stream, end: list[Tensor]) -> None:
+    def __init__(self, model: Model, start: Stream, end: HiddenStates) -> None:
         self.model, self.start, self.end = model, start, end
         self.original = {name: p.detach().clone() for name, p in model.vectors.items()}
         self.train, self.judges = start.split(random=False)

@@ -8,6 +8,8 @@ import pytest
 from command_line import SMALL, assert_fails, llmq
 from tiny_models import make_llama, make_text
 
+from llmq.checkpoint import STAGING
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,13 +40,18 @@ def output(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fails(made: Path, output: Path) -> Callable[..., None]:
-    """Return a function that quantizes, expects a certain failure, and nothing left of it."""
+    """Return a function that quantizes, expects a certain failure, and nothing left of it but what can be continued."""
 
-    def run(source: Path | str, *options: object, words: tuple[str, ...], code: int = 1) -> None:
+    def run(
+        source: Path | str, *options: object, words: tuple[str, ...], code: int = 1, resumable: bool = False
+    ) -> None:
         before = output.exists()
         options = (*SMALL, "--calibration", made / "text.txt", *options)
         result = llmq("quantize", source, "--output", output, *options)
         assert_fails(result.exit_code, result.stdout, result.stderr, *words, expected=code)
-        assert before or not output.exists()
+        if resumable:
+            assert [path.name for path in output.iterdir()] == [STAGING]
+        else:
+            assert before or not output.exists()
 
     return run

@@ -7,6 +7,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llmq.checkpoint import STAGING
+
 INDEX = "model.safetensors.index.json"
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 DOWN_PROJ = "model.layers.1.mlp.down_proj"
@@ -32,4 +34,6 @@ def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> No
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    """Return all files at and below `folder`, by their place, but for those of an unfinished run."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and STAGING not in file.parts)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}

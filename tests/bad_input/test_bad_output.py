@@ -82,15 +82,26 @@ def test_disk_that_refuses_to_be_written(made: Path, fails: Callable[..., None])
 
 
 @pytest.mark.parametrize(("number", "advice"), [(errno.EROFS, "read-only"), (errno.ENOSPC, "the disk is full")])
-@pytest.mark.parametrize("call", ["save_file", "os.replace", "shutil.copyfile", "os.fsync"])
-def test_every_write_can_fail(
-    call: str, number: int, advice: str, made: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., None]
+@pytest.mark.parametrize("call", ["os.replace", "os.pwrite", "shutil.copyfile", "os.fsync"])
+def test_every_write_can_fail_and_the_run_goes_on_afterwards(
+    call: str,
+    number: int,
+    advice: str,
+    made: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Callable[..., None],
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(f"llmq.checkpoint.{call}", refuse)
-    fails(made / "model", words=("cannot be written", os.strerror(number), advice))
+    module, _, name = call.partition(".")
+    with monkeypatch.context() as patch:
+        patch.setattr({"os": os, "shutil": shutil}[module], name, refuse)
+        words = ("cannot be written", os.strerror(number), advice)
+        fails(made / "model", words=words, resumable=call not in ("os.pwrite", "os.fsync"))  # these fail at once
+    result = llmq("quantize", made / "model", "--output", output, *SMALL, "--calibration", made / "text.txt")
+    assert result.exit_code == 0, result.stderr
 
 
 def raise_interrupt(*_: object) -> None:
@@ -99,22 +110,20 @@ def raise_interrupt(*_: object) -> None:
 
 def test_interrupt_in_the_middle(made: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., None]) -> None:
     monkeypatch.setattr("llmq.stream.Stream.advance", raise_interrupt)
-    fails(made / "model", "--shard-size", "20kB", words=("interrupted", "removed"))
+    fails(made / "model", "--shard-size", "20kB", words=("interrupted", "same command"), resumable=True)
 
 
-def test_interrupt_from_the_progress_callback_removes_the_output(made: Path, output: Path) -> None:
+def test_interrupt_from_the_progress_callback_keeps_what_is_finished(made: Path, output: Path) -> None:
     recipe = Recipe(method="rtn", group_size=32, shard_size="20kB")
-    seen = []
 
     def progress(event: Any) -> None:
         if event.done == 9:
-            seen.extend((output / STAGING).iterdir())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         package.quantize(made / "model", output, recipe, progress=progress)
-    assert seen, "something had been written by then"
-    assert not output.exists()
+    assert [path.name for path in output.iterdir()] == [STAGING]
+    assert "block" in (output / STAGING / "journal.jsonl").read_text()
 
 
 WAITS = """
@@ -155,16 +164,15 @@ def test_interrupt_from_the_keyboard_keeps_the_old_checkpoint(made: Path, output
     assert llmq("quantize", made / "model", "--output", output, *SMALL, "--method", "rtn").exit_code == 0
     before = contents(output)
     code, stdout, stderr = start_and_stop(signal.SIGINT, made, output, "--force")
-    assert_fails(code, stdout, stderr, "interrupted", "removed")
+    assert_fails(code, stdout, stderr, "interrupted", "same command")
     assert contents(output) == before
 
 
-def test_kill_leaves_a_marked_folder_that_the_next_run_cleans(made: Path, output: Path) -> None:
+def test_kill_leaves_a_marked_folder_that_the_same_command_finishes(made: Path, output: Path) -> None:
     code, _, _ = start_and_stop(signal.SIGKILL, made, output)
     assert code == -signal.SIGKILL
     assert [path.name for path in output.iterdir()] == [STAGING]
     assert STAGING.endswith(".llmq-partial")
-    assert list((output / STAGING).glob("*.safetensors"))
     assert_nothing_finished(output)
 
     for command in (("inspect", output), ("eval", output, "--text", made / "text.txt"), ("generate", output, "w1")):
@@ -173,6 +181,11 @@ def test_kill_leaves_a_marked_folder_that_the_next_run_cleans(made: Path, output
         assert_fails(result.exit_code, result.stdout, result.stderr, *words)
 
     result = llmq("quantize", made / "model", "--output", output, *SMALL, "--method", "rtn")
+    words = (str(output), "unfinished run that differs in recipe.method (gptq there, rtn now)", "--force")
+    assert_fails(result.exit_code, result.stdout, result.stderr, *words)
+    again = (*SMALL, "--calibration", made / "text.txt", "--shard-size", "20kB")
+    result = llmq("quantize", made / "model", "--output", output, *again)
     assert result.exit_code == 0, result.stderr
+    assert "continuing an unfinished run at block 2 of 2, 7 of 14 layers done" in result.stderr
     assert not (output / STAGING).exists()
     assert (output / "config.json").is_file()

@@ -72,7 +72,7 @@ def test_folds_of_every_architecture(name: str) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for index, probe in enumerate(probes(model, structure)):
         wiring = find_wiring(*probe)
-        folds, refused = described(wiring, f"{structure.blocks_name}.{index}.")
+        folds, refused = described(wiring, structure.prefixes[index])
         assert sorted(folds) == sorted(EXPECTED[name][0])
         assert sorted(refused) == sorted(EXPECTED[name][1])
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from tiny_models import LLAMA
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from llmq.activations import HiddenStates
 from llmq.calibration import Calibration, from_token_lists
 from llmq.families import Linear, Structure, find_structure
 from llmq.grids.uniform import UniformGrid
@@ -71,11 +72,9 @@ class Case:
         for before in range(index):
             self.hold(before)
             self.stream.advance(blocks[before], before)
-        prefix = f"{self.structure.blocks_name}.{index}."
-        originals = self.original.get_submodule(self.structure.blocks_name)
-        assert isinstance(originals, nn.ModuleList)
+        prefix = self.structure.prefixes[index]
         for passed in range(index + 1):
-            self.reference.advance(originals[passed], passed)
+            self.reference.advance(self.original.get_submodule(self.structure.names[passed]), passed)
         with torch.no_grad():
             for linear, _, _ in self.layers[index].values():
                 linear.weight.zero_()
@@ -86,18 +85,16 @@ class Case:
         for name, (linear, _, q) in self.layers[index].items():
             linear.weight.copy_((weights[name] if weights else q).dequantize())
 
-    def end(self) -> list[Tensor]:
+    def end(self) -> HiddenStates:
         """Move the reference to the end and return what the last block of the original returns."""
-        originals = self.original.get_submodule(self.structure.blocks_name)
-        assert isinstance(originals, nn.ModuleList)
-        for index, block in enumerate(originals):
-            self.reference.advance(block, index)
+        for index, name in enumerate(self.structure.names):
+            self.reference.advance(self.original.get_submodule(name), index)
         return self.reference.hidden
 
     def replace_all(self, layers: dict[str, Any]) -> None:
         """Put `layers` in place of all linears."""
         for index, block in enumerate(self.structure.blocks):
-            prefix = f"{self.structure.blocks_name}.{index}."
+            prefix = self.structure.prefixes[index]
             put(block, prefix, {name: layers[name] for name in self.layers[index]})
 
 
