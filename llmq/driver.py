@@ -14,11 +14,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from llmq.activations import offload_folder
-from llmq.calibration import Calibration
+from llmq.budget import Budget
+from llmq.calibration import DEFAULT_SAMPLES, Calibration
 from llmq.checkpoint import STAGING
 from llmq.errors import CalibrationError, CheckpointError, SolverError, SpecError
 from llmq.experts import problems_of
@@ -27,7 +29,7 @@ from llmq.joining import joined
 from llmq.journal import Journal
 from llmq.layers import solve_stage
 from llmq.output import finish, slots, write_block
-from llmq.preflight import check_output, check_weights, prepare
+from llmq.preflight import Job, check_output, check_weights, prepare
 from llmq.problems import Observed, Problem, Twin
 from llmq.recipe import Recipe
 from llmq.report import Progress, Report
@@ -48,6 +50,7 @@ def quantize(  # noqa: PLR0913  the front door
     calibration: Calibration | None = None,
     statistics: str | Path | None = None,
     offload_dir: str | Path | None = None,
+    max_memory: int | None = None,
     device: str | torch.device = "cpu",
     force: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -64,6 +67,7 @@ def quantize(  # noqa: PLR0913  the front door
         calibration: token windows to use instead of the recipe's `calibration` source.
         statistics: a folder of `llmq.collecting.collect`, to use instead of any calibration.
         offload_dir: where hidden states are kept during the run; the default is inside `output`.
+        max_memory: bytes that the process may hold in the host's memory; None: no limit.
         device: torch device that one block at a time is solved on.
         force: replace the checkpoint in `output`, or an unfinished run of other settings.
         progress: called at every step.
@@ -82,7 +86,10 @@ def quantize(  # noqa: PLR0913  the front door
         staging = Path(output) / STAGING
         states = staging / "states" if offload_dir is None else offload_folder(offload_dir, output)
         with CheckpointWriter(output, force=force) if ranks.first else nullcontext() as writer:
-            run = Run(job, where, Journal(staging, ranks), progress, states)
+            journal = Journal(staging, ranks)
+            if max_memory is not None:
+                job = replace(job, budget=ranks.from_first(lambda: _budget(job, journal, max_memory, where)))
+            run = Run(job, where, journal, progress, states)
             run.statistics = collected
             if writer is None:
                 identify(run, calibration, (lambda: None) if force else None)
@@ -90,6 +97,24 @@ def quantize(  # noqa: PLR0913  the front door
             else:
                 _lead(run, calibration, writer, force=force)
         return ranks.broadcast(run.report)
+
+
+def _budget(job: Job, journal: Journal, max_memory: int, device: torch.device) -> Budget:
+    """Return what keeps the run under a limit; one that goes on keeps what its bytes depend on.
+
+    Raises:
+        SpecError: nothing does.
+    """
+    from llmq.planning.memory import MemoryModel, windows_of
+
+    recipe = job.recipe
+    windows = windows_of(job, recipe.num_samples or DEFAULT_SAMPLES) if job.solver.calibrated else 1
+    base = psutil.Process().memory_info().rss
+    budget = MemoryModel(job, windows, recipe.seq_len, base, gpu=device.type == "cuda").fit(max_memory)
+    if not journal.begun:
+        return budget
+    before = journal.records[0]["identity"]
+    return replace(budget, batch_tokens=before["batch_tokens"], solver_rows=before["solver_rows"])
 
 
 def _lead(run: Run, calibration: Calibration | None, writer: CheckpointWriter, *, force: bool) -> None:

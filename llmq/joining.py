@@ -65,7 +65,7 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
             _open(rank, world, apart=apart)
             yield Ranks(rank, world, device), device
         except Ended as end:
-            error = end.error or failure("it was told to end")
+            error = end.error or (failure() if end.__cause__ else failure("it was told to end"))
             _leave(error, rank, world)
             raise error from None
         except (Exception, KeyboardInterrupt) as error:

@@ -30,7 +30,7 @@ class Loader:
 
     @property
     def has_entrance(self) -> bool:
-        """Whether `entrance` is enough to reach the first block: one stack of blocks, one module of token embeddings."""
+        """Whether `entrance` is enough to reach the first block: there is one stack, and one module of embeddings."""
         structure = self.job.structure
         return len(structure.starts) == 1 and not structure.family.shared
 

@@ -127,9 +127,7 @@ class Ranks:
             if content.numel():
                 distributed.broadcast(content, source)
         except RuntimeError as error:  # what torch says where a connection ends
-            from llmq.joining import failure
-
-            raise Ended(failure()) from error
+            raise Ended from error
         return content
 
     def _bytes(self, tensor: Tensor) -> Tensor:

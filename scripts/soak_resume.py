@@ -54,6 +54,7 @@ SIZES = {
     },
 }
 SETTINGS = {"bits": 3, "sym": False, "group_size": 32, "num_samples": 16, "seq_len": 64, "shard_size": "40KB"}
+SPARE = (0, 2**20 + 2**16)  # bytes of a small disk beyond the output: none, and too few for hidden states
 SHORT = {"tune_steps": 10, "tune_epochs": 2}  # of the gradient stages, where a preset has them
 
 
@@ -159,15 +160,16 @@ def soak(case: Case, kills: int, folder: Path, draw: random.Random) -> tuple[int
     return wrong, done
 
 
-def fill_disk(case: Case, folder: Path) -> bool:
-    """Return whether a case that finds the disk full says so, and finishes in the same bytes once there is room."""
-    expected, output = content(folder / f"{case.name}-whole"), folder / f"{case.name}-small"
+def fill_disk(case: Case, folder: Path, spare: int) -> bool:
+    """Return whether a case that finds the disk full says so, and finishes in the same bytes once there is room.
+
+    The disk has room for the output and `spare` bytes: with none the run refuses to begin, with some it is stopped.
+    """
+    expected, output = content(folder / f"{case.name}-whole"), folder / f"{case.name}-small-{spare}"
     output.mkdir()
-    size = sum(len(x) for x in expected.values())
-    mounted = (
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", output], capture_output=True).returncode
-        == 0
-    )
+    size = sum(len(x) for x in expected.values()) + spare
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(output)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
 
     def limited() -> None:
         if not mounted:
@@ -177,16 +179,18 @@ def fill_disk(case: Case, folder: Path) -> bool:
 
     try:
         refused = in_child(limited) == 3
+        unfinished = not (output / "config.json").exists()
         if mounted:
             subprocess.run(["mount", "-o", "remount,size=1G", output], check=True)
         same = in_child(lambda: case.run(output)) == 0 and content(output) == expected
     finally:
         if mounted:
             subprocess.run(["umount", output], check=True)
-    said = "refused" if refused else "NOT REFUSED"
+    kind = f"a tmpfs with {spare} bytes to spare" if mounted else "a limit on files"
+    said = "refused" if refused and unfinished else "NOT REFUSED"
     then = "the same bytes" if same else "OTHERS"
-    print(f"{case.name:24} {'a full tmpfs' if mounted else 'a limit on files'}: {said}, then {then}", flush=True)
-    return refused and same
+    print(f"{case.name:24} {kind}: {said}, then {then}", flush=True)
+    return refused and unfinished and same
 
 
 def main() -> int:
@@ -209,7 +213,7 @@ def main() -> int:
         ]
         share = -(-arguments.kills // len(cases))
         outcomes = [soak(case, share, folder, draw) for case in cases]
-        survived = [fill_disk(case, folder) for case in cases] if arguments.disk_full else []
+        survived = [fill_disk(case, folder, n) for case in cases for n in SPARE] if arguments.disk_full else []
     wrong, kills = (sum(values) for values in zip(*outcomes, strict=True))
     print(f"{kills} kills, {wrong} differing bytes")
     return int(wrong > 0 or not all(survived))

@@ -15,6 +15,7 @@ from rich.progress import Progress as Display
 
 from llmq.cli.models import DEVICE_HELP, parse_device
 from llmq.cli.options import takes_recipe
+from llmq.cli.plan import MAX_MEMORY_HELP, parse_limit
 from llmq.cli.tables import facts, human_bytes, show_json
 from llmq.joining import world_here
 from llmq.recipe import Recipe
@@ -39,6 +40,10 @@ def quantize_command(  # noqa: PLR0913  one parameter per option
         Path | None,
         typer.Option(metavar="DIR", help="Folder for hidden states; default: in the output's.", show_default=False),
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help=MAX_MEMORY_HELP, show_default=False),
+    ] = None,
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "cpu",
     force: Annotated[
         bool, typer.Option("--force", help="Replace what is in the output folder, finished or not.")
@@ -49,7 +54,7 @@ def quantize_command(  # noqa: PLR0913  one parameter per option
 
     A run that was stopped goes on where it was when the same command is repeated.
     """
-    where = parse_device(device)
+    where, limit = parse_device(device), parse_limit(max_memory)
     from llmq.driver import quantize
 
     first = world_here()[0] == 0  # of the processes that torchrun has started, one speaks
@@ -67,6 +72,7 @@ def quantize_command(  # noqa: PLR0913  one parameter per option
             recipe,
             statistics=statistics,
             offload_dir=offload_dir,
+            max_memory=limit,
             device=where,
             force=force,
             progress=progress,
