@@ -83,12 +83,16 @@ def quantize(  # noqa: PLR0913  the front door
         job = replace(prepare(model, recipe), ranks=ranks)
         if collected is not None:
             check_collected(job, collected)
+        if max_memory is not None:
+            job = replace(job, budget=ranks.from_first(lambda: _budget(job, max_memory, where)))
         staging = Path(output) / STAGING
         states = staging / "states" if offload_dir is None else offload_folder(offload_dir, output)
         with CheckpointWriter(output, force=force) if ranks.first else nullcontext() as writer:
             journal = Journal(staging, ranks)
-            if max_memory is not None:
-                job = replace(job, budget=ranks.from_first(lambda: _budget(job, journal, max_memory, where)))
+            if max_memory is not None and journal.begun:  # its bytes depend on what it began with
+                before = journal.records[0]["identity"]
+                same = {name: before[name] for name in ("batch_tokens", "solver_rows")}
+                job = replace(job, budget=replace(job.budget, **same))
             run = Run(job, where, journal, progress, states)
             run.statistics = collected
             if writer is None:
@@ -99,8 +103,8 @@ def quantize(  # noqa: PLR0913  the front door
         return ranks.broadcast(run.report)
 
 
-def _budget(job: Job, journal: Journal, max_memory: int, device: torch.device) -> Budget:
-    """Return what keeps the run under a limit; one that goes on keeps what its bytes depend on.
+def _budget(job: Job, max_memory: int, device: torch.device) -> Budget:
+    """Return what keeps the run under a limit.
 
     Raises:
         SpecError: nothing does.
@@ -110,11 +114,7 @@ def _budget(job: Job, journal: Journal, max_memory: int, device: torch.device) -
     recipe = job.recipe
     windows = windows_of(job, recipe.num_samples or DEFAULT_SAMPLES) if job.solver.calibrated else 1
     base = psutil.Process().memory_info().rss
-    budget = MemoryModel(job, windows, recipe.seq_len, base, gpu=device.type == "cuda").fit(max_memory)
-    if not journal.begun:
-        return budget
-    before = journal.records[0]["identity"]
-    return replace(budget, batch_tokens=before["batch_tokens"], solver_rows=before["solver_rows"])
+    return MemoryModel(job, windows, recipe.seq_len, base, gpu=device.type == "cuda").fit(max_memory)
 
 
 def _lead(run: Run, calibration: Calibration | None, writer: CheckpointWriter, *, force: bool) -> None:

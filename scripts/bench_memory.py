@@ -31,7 +31,7 @@ def make_model(folder: Path, blocks: int, hidden: int) -> int:
     config = LlamaConfig(
         vocab_size=WORDS,
         hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4 // 64 * 64,
+        intermediate_size=3 * hidden,
         num_hidden_layers=blocks,
         num_attention_heads=hidden // 64,
         num_key_value_heads=max(1, hidden // 256),

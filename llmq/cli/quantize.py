@@ -56,10 +56,15 @@ def quantize_command(  # noqa: PLR0913  one parameter per option
     """
     where, limit = parse_device(device), parse_limit(max_memory)
     from llmq.driver import quantize
+    from llmq.planning.plan import check_engines
+    from llmq.preflight import prepare
 
     first = world_here()[0] == 0  # of the processes that torchrun has started, one speaks
     console = Console(stderr=True, highlight=False, quiet=not first)
     console.print(facts([("model", model), ("output", output), *recipe.model_dump().items()]))
+    if first:
+        for verdict in check_engines(prepare(model, recipe)):
+            console.print(verdict.line())
     if recipe.calibration is None and statistics is None and recipe.method != "rtn":
         console.print(
             "calibrating on the small general text that ships with llmq; text like what the model will read is "

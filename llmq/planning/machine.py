@@ -26,6 +26,7 @@ _LONG = 0.1  # seconds of a try that is not repeated, and beyond which no larger
 _SIDES = (16, 64, 256, 1024)  # of products
 _OTHER = 1024  # their other sides
 _FACTOR_SIDES = (128, 1024)
+_AROUND = 3.0  # times an operation's least time: what Python does around it in solvers
 _SLOW = 1e9  # flops per second that are assumed of a kind that was not measured
 _BIG = 2**26  # bytes of what does not fit a cache
 _SHORT = 16  # entries of rows whose length does not matter
@@ -51,8 +52,8 @@ class Machine:
     def seconds(self, work: Work) -> float:
         """Return the time that `work` takes."""
         kinds = ((work.products, self.products), (work.factors, self.factors), (work.solves, self.solves))
-        time = sum(_seconds(amounts, speeds) for amounts, speeds in kinds)
-        return time + work.near / self.near + work.far / self.far + work.calls * self.call
+        flops = sum(_seconds(amounts, speeds) for amounts, speeds in kinds)
+        return flops + work.near / self.near + work.far / self.far + _AROUND * work.calls * self.call
 
 
 def _seconds(amounts: Amounts, speeds: dict[str, dict[int, float]]) -> float:

@@ -20,6 +20,7 @@ from llmq.planning.outline import BlockOutline, Outline, StageOutline, outline
 from llmq.preflight import Job
 
 _SLACK = 1.04  # of what is beyond the base: holes between the blocks that the allocator hands out
+_LIBRARIES = 60 * 10**6  # buffers that MKL and oneDNN keep once they have multiplied
 _TUNED = 34  # bytes per weight while a block is tuned: latents, gradients, two moments, the graph, two copies of codes
 _KEPT = 9  # bytes per weight of a block that waits for model tuning: codes, scales, norms, and its dense weight once
 _LOGITS = 24  # bytes per token and word: logits of teacher and student, their logarithms and gradients
@@ -72,7 +73,8 @@ class MemoryModel:
         parts = {**lasting, most: phases[most]}
         if not self.gpu:
             beyond = round((_SLACK - 1) * sum(parts.values()))
-            return Memory({"process and libraries": self.base, **parts, "unused holes": beyond})
+            base = self.base + (_LIBRARIES if self.calibrated else 0)
+            return Memory({"process and libraries": base, **parts, "unused holes": beyond})
         reading = max(self._checking(), 2 * max(block.largest_bytes for block in self.outline.blocks))
         host = {"process and libraries": self.base, "tensors on their way": reading}
         return Memory(host, parts)

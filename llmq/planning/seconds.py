@@ -84,8 +84,15 @@ class TimeModel:
         return adding(self.job, self.tokens * min(1.0, stage.share), stage.inputs)
 
     def _solving(self, block: BlockOutline) -> float:
-        work = [self.growth[self._few(s)].at(s.rows, s.inputs) * s.copies for s in block.stages]
-        return self.machine.seconds(total(work))
+        return self.machine.seconds(total(self._stage(stage) * stage.copies for stage in block.stages))
+
+    def _stage(self, stage: StageOutline) -> Work:
+        """Return the work of solving a stage, as many rows at a time as the budget says."""
+        growth = self.growth[self._few(stage)]
+        rows = min(self.job.budget.solver_rows or stage.rows, stage.rows)
+        whole, rest = divmod(stage.rows, rows)
+        work = growth.at(rows, stage.inputs) * whole
+        return work + growth.at(rest, stage.inputs) if rest else work
 
     def _tuning(self, block: BlockOutline) -> float:
         """Return the time of the gradient steps on a block."""

@@ -77,4 +77,4 @@ def test_speeds_lie_on_a_line_of_logarithms_between_those_measured() -> None:
         return fast.seconds(work)
 
     assert [seconds(at) for at in (2, 4, 6, 8, 12)] == pytest.approx([10, 10, 1, 0.1, 0.1])
-    assert fast.seconds(Work(near=3.0, far=8.0, calls=6.0)) == 3 / 2 + 8 / 4 + 6 * 0.5
+    assert fast.seconds(Work(near=3.0, far=8.0, calls=6.0)) == 3 / 2 + 8 / 4 + 3 * 6 * 0.5
