@@ -65,7 +65,8 @@ def solver_growth(job: Job, *, few_tokens: bool) -> Growth:
 
     def case(n: int, k: int) -> Callable[[], None]:
         size = job.spec.group_size
-        small = replace(job, spec=replace(job.spec, group_size=size if 0 < size <= _COLUMNS else _COLUMNS))
+        spec = replace(job.spec, group_size=size if 0 < size <= _COLUMNS else _COLUMNS)
+        small = replace(job, spec=spec, budget=replace(job.budget, solver_rows=None))
         problem = _problem(small, [(n, k)], 4 * k if few_tokens else _MANY * k)
 
         def run() -> None:

@@ -67,9 +67,9 @@ def test_every_clash_is_named(of: Result, refusing: set[str], word: str) -> None
         ({"mlp__down_proj": (4096, 2048 + 128)}, -1, (1, 2, 4, 8), ""),  # one group per row goes with all ranks
         ({"mlp__down_proj": (4096, 32)}, -1, (1, 2, 4), "32 inputs, 4 per rank, no multiple of 8"),
         ({"mlp__up_proj": (96, 4096)}, 128, (1, 2, 4), "96 outputs, 12 per rank, no multiple of 8"),
-        ({"self_attn__k_proj": (256, 4096)}, 128, (1, 2, 4, 8), ""),  # two heads: copied beyond two ranks
+        ({"self_attn__k_proj": (32, 4096)}, 128, (1, 2, 4, 8), ""),  # less than a head per rank: copied
         ({"self_attn__q_proj": (96, 4096)}, 128, (1, 2, 4), "q_proj"),
-        ({"self_attn__kv_a_proj_with_mqa": (576, 2050)}, 128, (1, 2, 4, 8), ""),  # on every rank
+        ({"self_attn__kv_a_proj_with_mqa": (520, 4096)}, 128, (1, 2, 4, 8), ""),  # on every rank
     ],
 )
 def test_ranks_get_whole_groups_and_words(

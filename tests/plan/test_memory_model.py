@@ -40,6 +40,15 @@ def test_parts_grow_with_what_they_are_for(folder: Path) -> None:
     assert 2 * half["hidden states"] == whole["hidden states"]
 
 
+def test_hessians_are_held_twice_where_some_windows_judge_and_twice_where_inputs_are_paired(folder: Path) -> None:
+    # so many tokens at once that measuring holds more than solving
+    def hessians(**fields: object) -> int:
+        model = MemoryModel(job_of(folder, **QUICK, **fields), 128, 64, BASE)  # type: ignore[arg-type]
+        return model.estimate(Budget()).host["Hessians and solver of mlp.down_proj"]
+
+    assert hessians() - hessians(held_out=0.0) == 4 * 128 * 128
+
+
 def test_each_budget_needs_no_more_than_the_one_before(folder: Path) -> None:
     model = MemoryModel(job_of(folder, **QUICK), 256, 64, BASE)
     totals = [model.estimate(budget).total for budget in model.budgets()]
