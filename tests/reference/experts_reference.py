@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def expert_hessian(inputs: Tensor, picked: Tensor, expert: int) -> tuple[Tensor, int]:
-    """Return ``2 Σ x xᵀ`` over the tokens of `inputs` [T, K] that `picked` [T, k] sends to `expert`, and their number."""
+    """Return ``2 Σ x xᵀ`` over the tokens of `inputs` [T, K] that `picked` [T, k] sends to `expert`, and how many."""
     total, tokens = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64), 0
     for x, names in zip(inputs.double(), picked.tolist(), strict=True):
         if expert in names:
