@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt's settings, malloc.h
-_LARGE = 2**18  # bytes from which on a piece is a mapping of its own
+_LARGE = 2**22  # bytes from which on a piece is a mapping of its own; smaller ones cost more page faults than they save
 
 
 def return_freed_memory() -> bool:

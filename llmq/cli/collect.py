@@ -29,7 +29,9 @@ def collect_command(
     """
     where = parse_device(device)
     from llmq.collecting import collect
+    from llmq.heap import return_freed_memory
 
+    return_freed_memory()
     console = Console(stderr=True, highlight=False)
     with display(console) as progress:
         manifest = collect(model, output, recipe, device=where, progress=progress)

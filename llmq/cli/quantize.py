@@ -56,9 +56,12 @@ def quantize_command(  # noqa: PLR0913  one parameter per option
     """
     where, limit = parse_device(device), parse_limit(max_memory)
     from llmq.driver import quantize
+    from llmq.heap import return_freed_memory
     from llmq.planning.plan import check_engines
     from llmq.preflight import prepare
 
+    if not (recipe.tune_steps or recipe.tune_epochs or recipe.guidance_groups):  # gradients take and free all the time
+        return_freed_memory()
     first = world_here()[0] == 0  # of the processes that torchrun has started, one speaks
     console = Console(stderr=True, highlight=False, quiet=not first)
     console.print(facts([("model", model), ("output", output), *recipe.model_dump().items()]))

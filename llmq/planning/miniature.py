@@ -22,9 +22,9 @@ from llmq.preflight import Job
 from llmq.problems import Problem
 from llmq.types import QuantizedWeight
 
-_SIZES = ((64, 256), (128, 256), (64, 384))  # rows and inputs of the problems that are counted
-_COLUMNS = 64  # of their groups, at most: with wider ones what is done to a group looks like what is done to all
-_HELD = 128  # inputs of the problem whose memory is looked at
+_SIZES = ((32, 128), (64, 128), (32, 192))  # rows and inputs of the problems that are counted
+_COLUMNS = 32  # of their groups, at most: with wider ones what is done to a group looks like what is done to all
+_HELD = 96  # inputs of the problem whose memory is looked at
 _GROUPS = 8  # at most, in that problem
 _MANY = 64  # tokens per input that are more than any decision of the solver asks for
 _SMALL = 6  # log2 of the side of the products within groups and leaves
