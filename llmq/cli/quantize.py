@@ -59,6 +59,7 @@ def quantize_command(  # noqa: PLR0913  one parameter per option
     from llmq.heap import return_freed_memory
     from llmq.planning.plan import check_engines
     from llmq.preflight import prepare
+    from llmq.writing import check_free
 
     if not (recipe.tune_steps or recipe.tune_epochs or recipe.guidance_groups):  # gradients take and free all the time
         return_freed_memory()
@@ -66,6 +67,7 @@ def quantize_command(  # noqa: PLR0913  one parameter per option
     console = Console(stderr=True, highlight=False, quiet=not first)
     console.print(facts([("model", model), ("output", output), *recipe.model_dump().items()]))
     if first:
+        check_free(output, force=force)  # before a model is looked for on the hub
         for verdict in check_engines(prepare(model, recipe)):
             console.print(verdict.line())
     if recipe.calibration is None and statistics is None and recipe.method != "rtn":
