@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import environment
+from llmq import environment, heap
 from llmq.activations import HiddenStates
 from llmq.calibration import Calibration, calibration_of, random_windows, split_held_out
 from llmq.errors import RankError, SolverError, SpecError
@@ -281,6 +281,7 @@ class Run:
             stream.hidden.settle()
         for number in range(len(self.journal.all("stage"))):
             self.journal.drop(f"stage-{index}-{number}")
+        heap.trim()
 
     def resume(self) -> None:
         """Take up what an earlier process has finished: from here on `block` is the first that is not."""
