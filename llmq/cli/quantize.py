@@ -66,7 +66,7 @@ def quantize_command(  # noqa: PLR0913  one parameter per option
     first = world_here()[0] == 0  # of the processes that torchrun has started, one speaks
     console = Console(stderr=True, highlight=False, quiet=not first)
     console.print(facts([("model", model), ("output", output), *recipe.model_dump().items()]))
-    if first:
+    if world_here()[1] == 1:  # ranks must not fail before they have met
         check_free(output, force=force)  # before a model is looked for on the hub
         for verdict in check_engines(prepare(model, recipe)):
             console.print(verdict.line())
