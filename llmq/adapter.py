@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmq.calibration import Calibration
 from llmq.checkpoint import CheckpointReader, resolve
+from llmq.disk import write_file
 from llmq.eora import eora
 from llmq.errors import CheckpointError, SolverError, SpecError
 from llmq.families import Linear, find_structure, skeleton
@@ -235,8 +236,8 @@ def save(adapter: Adapter, output: str | Path) -> None:
     try:
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         staging.mkdir(parents=True)
-        _write(staging / WEIGHTS, tensors)
-        _write(staging / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_file(staging / WEIGHTS, tensors)
+        write_file(staging / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         os.replace(staging, output)  # an empty folder there gives way
     except OSError as error:
         raise CheckpointError(f"{output}: cannot be written: {error}; choose another --output") from error
@@ -252,13 +253,6 @@ def check_absent(output: Path) -> None:
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not an empty folder; choose another --output")
-
-
-def _write(file: Path, content: bytes) -> None:
-    with file.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
 
 
 def _refuse_transformed(folder: Path) -> None:

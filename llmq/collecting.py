@@ -16,12 +16,12 @@ import torch
 
 from llmq.calibration import Calibration
 from llmq.checkpoint import STAGING
-from llmq.disk import disk_errors, sync_path
+from llmq.disk import disk_errors, sync_path, write_file
 from llmq.driver import identify
 from llmq.errors import CheckpointError
 from llmq.experts import problems_of
 from llmq.journal import Journal
-from llmq.lock import FolderLock
+from llmq.lock import LOCK, FolderLock
 from llmq.preflight import prepare
 from llmq.problems import Observed
 from llmq.recipe import COLLECTED_BY, Recipe
@@ -127,11 +127,9 @@ def _place(manifest: dict[str, Any], staging: Path, output: Path) -> None:
                 if (staging / entry["file"]).exists():  # not moved before by a run that was stopped
                     os.replace(staging / entry["file"], output / entry["file"])
         sync_path(output)
-        partial = staging / MANIFEST
-        partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        sync_path(partial)
-        os.replace(partial, output / MANIFEST)
+        write_file(staging / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        os.replace(staging / MANIFEST, output / MANIFEST)
         sync_path(output)
         for file in staging.iterdir():
-            if file.is_file() and file.name != "lock":
+            if file.is_file() and file.name != LOCK:
                 file.unlink()

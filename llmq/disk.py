@@ -37,6 +37,30 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be written: {error}; {advice}") from error
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` to file `path`; when this returns, it survives a power failure if its folder's entry does.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` to file `path`, which is the old one or the new one, whole, at every instant.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    new = path.with_name(f"{path.name}.new")
+    write_file(new, content)
+    os.replace(new, path)
+    sync_path(path.parent)
+
+
 def sync_path(path: Path) -> None:
     """Force file or folder `path` to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -53,6 +53,7 @@ def quantize(  # noqa: PLR0913  the front door
     max_memory: int | None = None,
     device: str | torch.device = "cpu",
     force: bool = False,
+    checked: Callable[[Job], None] = lambda _: None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Report:
     """Quantize checkpoint `model` into the folder `output` and return the report.
@@ -70,6 +71,7 @@ def quantize(  # noqa: PLR0913  the front door
         max_memory: bytes that the process may hold in the host's memory; None: no limit.
         device: torch device that one block at a time is solved on.
         force: replace the checkpoint in `output`, or an unfinished run of other settings.
+        checked: called, on one process, with the job once it is known to fit the model, before what takes time.
         progress: called at every step.
 
     Raises:
@@ -83,18 +85,17 @@ def quantize(  # noqa: PLR0913  the front door
         job = replace(prepare(model, recipe), ranks=ranks)
         if collected is not None:
             check_collected(job, collected)
+        if ranks.first:
+            checked(job)
         if max_memory is not None:
             job = replace(job, budget=ranks.from_first(lambda: _budget(job, max_memory, where)))
         staging = Path(output) / STAGING
         states = staging / "states" if offload_dir is None else offload_folder(offload_dir, output)
         with CheckpointWriter(output, force=force) if ranks.first else nullcontext() as writer:
             journal = Journal(staging, ranks)
-            if max_memory is not None and journal.begun:  # its bytes depend on what it began with
-                before = journal.records[0]["identity"]
-                same = {name: before[name] for name in ("batch_tokens", "solver_rows")}
-                job = replace(job, budget=replace(job.budget, **same))
-            run = Run(job, where, journal, progress, states)
-            run.statistics = collected
+            if max_memory is not None and journal.begun:
+                job = replace(job, budget=_as_begun(job.budget, journal))
+            run = Run(job, where, journal, progress, states, collected)
             if writer is None:
                 identify(run, calibration, (lambda: None) if force else None)
                 _walk(run, None)
@@ -115,6 +116,12 @@ def _budget(job: Job, max_memory: int, device: torch.device) -> Budget:
     windows = windows_of(job, recipe.num_samples or DEFAULT_SAMPLES) if job.solver.calibrated else 1
     base = psutil.Process().memory_info().rss
     return MemoryModel(job, windows, recipe.seq_len, base, gpu=device.type == "cuda").fit(max_memory)
+
+
+def _as_begun(budget: Budget, journal: Journal) -> Budget:
+    """Return `budget` with those of its numbers that bytes depend on as the unfinished run here began with them."""
+    before = journal.records[0]["identity"]
+    return replace(budget, batch_tokens=before["batch_tokens"], solver_rows=before["solver_rows"])
 
 
 def _lead(run: Run, calibration: Calibration | None, writer: CheckpointWriter, *, force: bool) -> None:

@@ -38,14 +38,20 @@ class Run:
     """What the driver knows while it walks through the blocks."""
 
     def __init__(
-        self, job: Job, device: torch.device, journal: Journal, progress: Callable[[Progress], None], states: Path
+        self,
+        job: Job,
+        device: torch.device,
+        journal: Journal,
+        progress: Callable[[Progress], None],
+        states: Path,
+        statistics: Statistics | None = None,
     ) -> None:
         self.job = job
         self.device = device
         self.journal = journal
         self.loader = Loader(job, device)
         self.rewriter = Rewriter(job)
-        self.statistics: Statistics | None = None  # instead of calibration
+        self.statistics = statistics  # instead of calibration
         self.calibration: Calibration | None = None
         self.random: Calibration | None = None  # windows of random tokens, which train along
         self.held_out: Calibration | None = None
@@ -239,10 +245,7 @@ class Run:
 
     def keep_stage(self, index: int, number: int, layers: list[Layer]) -> None:
         """Put the solved linears of a stage on record."""
-        self.journal.save(
-            f"stage-{index}-{number}",
-            {f"{layer.linear.name}.{part}": getattr(layer.weight, part) for layer in layers for part in _PARTS},
-        )
+        self.journal.save(f"stage-{index}-{number}", _parts({layer.linear.name: layer.weight for layer in layers}))
         reports = [asdict(layer.report) for layer in layers]
         self.journal.append("stage", block=index, stage=number, layers=reports, seconds=self.report.seconds)
 
@@ -279,8 +282,9 @@ class Run:
         )
         for stream in self._streams:
             stream.hidden.settle()
-        for number in range(len(self.journal.all("stage"))):
-            self.journal.drop(f"stage-{index}-{number}")
+        for record in self.journal.all("stage"):
+            if record["block"] == index:
+                self.journal.drop(f"stage-{index}-{record['stage']}")
         heap.trim()
 
     def resume(self) -> None:
@@ -301,11 +305,7 @@ class Run:
 
     def keep_weights(self, index: int) -> None:
         """Keep a block for model tuning, packed weights and dense tensors, in a file for later processes too."""
-        tensors = {
-            f"{linear.name}.{part}": getattr(self.weights[linear.name], part)
-            for linear in self.job.structure.linears[index]
-            for part in _PARTS
-        }
+        tensors = _parts({linear.name: self.weights[linear.name] for linear in self.job.structure.linears[index]})
         packed = {f"{linear.name}.weight" for linear in self.job.structure.linears[index]}
         for name, parameter in self.job.structure.blocks[index].named_parameters(prefix=self.prefix(index)[:-1]):
             if name not in packed:
@@ -339,6 +339,11 @@ class Run:
                 f"{len(lost)} of {len(self.report.layers)} layers have a Hessian that no damping repairs (first "
                 f"{lost[0]}) and would do without; check the calibration data, or raise max_fallback"
             )
+
+
+def _parts(weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+    """Return the tensors of these weights, by name and part; see `Run.weight_of`."""
+    return {f"{name}.{part}": getattr(weight, part) for name, weight in weights.items() for part in _PARTS}
 
 
 def _layer_report(entry: dict[str, Any]) -> LayerReport:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from llmq.disk import disk_errors, sync_path
+from llmq.disk import disk_errors, write_file
 from llmq.errors import CheckpointError, SpecError
 from llmq.families import Linear
 from llmq.hessian import HessianSum
@@ -48,8 +48,7 @@ def keep_problem(problem: Problem, file: Path) -> dict[str, Any]:
     content = save({name: tensor.cpu() for name, tensor in tensors.items()})
     entry["sha256"] = hashlib.sha256(content).hexdigest()
     with disk_errors(file.parent):
-        file.write_bytes(content)
-        sync_path(file)
+        write_file(file, content)
     return entry
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint import CONFIG, INDEX, SINGLE, STAGING
-from llmq.disk import disk_errors, sync_path
+from llmq.disk import disk_errors, replace_file, sync_path, write_file
 from llmq.errors import CheckpointError
 from llmq.lock import LOCK, FolderLock
 from llmq.shards import DTYPES, Entry, make_header, write_bytes, write_tensor
@@ -331,8 +331,11 @@ def _read_written(file: Path) -> set[str]:
 
 
 def _write_json(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync_path(file)
+    write_file(file, _json(content))
+
+
+def _json(content: object) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _move_up(path: Path) -> None:
@@ -340,9 +343,7 @@ def _move_up(path: Path) -> None:
     files, note = path / STAGING / _FILES, path / STAGING / _MOVING
     names = sorted((file.name for file in files.iterdir()), key=lambda name: (name == CONFIG, name))
     sync_path(files)
-    _write_json(note.with_suffix(".new"), names)
-    os.replace(note.with_suffix(".new"), note)
-    sync_path(note.parent)
+    replace_file(note, _json(names))
     # an older checkpoint ends here: it has no config.json from now until the new one is complete
     (path / CONFIG).unlink(missing_ok=True)
     (path / INDEX).unlink(missing_ok=True)

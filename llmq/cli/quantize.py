@@ -58,18 +58,18 @@ def quantize_command(  # noqa: PLR0913  one parameter per option
     from llmq.driver import quantize
     from llmq.heap import return_freed_memory
     from llmq.planning.plan import check_engines
-    from llmq.preflight import prepare
-    from llmq.writing import check_free
+    from llmq.preflight import Job
 
     if not (recipe.tune_steps or recipe.tune_epochs or recipe.guidance_groups):  # gradients take and free all the time
         return_freed_memory()
     first = world_here()[0] == 0  # of the processes that torchrun has started, one speaks
     console = Console(stderr=True, highlight=False, quiet=not first)
     console.print(facts([("model", model), ("output", output), *recipe.model_dump().items()]))
-    if world_here()[1] == 1:  # ranks must not fail before they have met
-        check_free(output, force=force)  # before a model is looked for on the hub
-        for verdict in check_engines(prepare(model, recipe)):
+
+    def say_engines(job: Job) -> None:
+        for verdict in check_engines(job):
             console.print(verdict.line())
+
     if recipe.calibration is None and statistics is None and recipe.method != "rtn":
         console.print(
             "calibrating on the small general text that ships with llmq; text like what the model will read is "
@@ -85,6 +85,7 @@ def quantize_command(  # noqa: PLR0913  one parameter per option
             max_memory=limit,
             device=where,
             force=force,
+            checked=say_engines,
             progress=progress,
         )
     if not first:
