@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from llmq.disk import disk_errors, sync_path
 from llmq.errors import CheckpointError
 from llmq.ranks import ALONE, Ranks
+from llmq.shards import HeaderError, read_tensors, write_tensors
 
 
 def offload_folder(parent: str | Path, output: str | Path) -> Path:
@@ -151,13 +151,17 @@ class HiddenStates:
             path = self._path(generation, batch)
             with disk_errors(self._folder):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(save({"hidden": state.contiguous().cpu()}))
+                with path.open("wb") as file:
+                    write_tensors(file.fileno(), {"hidden": state})
 
     def _load(self, batch: int) -> Tensor:
         generation = self.generation + (batch in self._moved)
         path = self._path(generation, batch)
-        with disk_errors(path):
-            return load(path.read_bytes())["hidden"]
+        try:
+            with disk_errors(path), path.open("rb") as file:
+                return read_tensors(file.fileno())["hidden"]
+        except HeaderError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error}); pass --force to start over") from error
 
     def _path(self, generation: int, batch: int) -> Path:
         assert self._folder is not None, "without a folder everything is in memory"

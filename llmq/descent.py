@@ -127,18 +127,21 @@ def sweep(state: State, pieces: Sequence[slice], improve: Callable[[State, Tenso
     changes = torch.zeros_like(state.values)
     values, scales, zeros, gradient = (t.clone() for t in (state.values, state.scales, state.zeros, state.gradient))
     work = replace(state, values=values, scales=scales, zeros=zeros, gradient=gradient)
-
-    def visit(pieces: Sequence[slice]) -> None:
-        if len(pieces) == 1:
-            improve(work, changes, pieces[0])
-            return
-        left, right = _halves(pieces)
-        visit(pieces[: len(pieces) // 2])
-        gradient[right].addmm_(work.h[right, left], changes[left], alpha=-1)
-        visit(pieces[len(pieces) // 2 :])
-
-    visit(pieces)
+    _visit(work, changes, pieces, improve)
     return replace(work, unheard=Unheard(changes, pieces))
+
+
+def _visit(
+    work: State, changes: Tensor, pieces: Sequence[slice], improve: Callable[[State, Tensor, slice], None]
+) -> None:
+    """Improve adjacent pieces from left to right, those on the right knowing of those on the left."""
+    if len(pieces) == 1:
+        improve(work, changes, pieces[0])
+        return
+    left, right = _halves(pieces)
+    _visit(work, changes, pieces[: len(pieces) // 2], improve)
+    work.gradient[right].addmm_(work.h[right, left], changes[left], alpha=-1)
+    _visit(work, changes, pieces[len(pieces) // 2 :], improve)
 
 
 def _halves(pieces: Sequence[slice]) -> tuple[slice, slice]:

@@ -16,13 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from llmq.disk import disk_errors, sync_path
 from llmq.errors import CheckpointError
 from llmq.ranks import ALONE, Ranks
+from llmq.shards import HeaderError, read_tensors, write_tensors
 
 _FILE = "journal.jsonl"
 
@@ -103,12 +102,10 @@ class Journal:
         """
         if not self._ranks.first:
             return
-        content = save({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()})
         partial = self._tensors(f"{name}.new")
         with disk_errors(self.folder.parent):
             with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
+                write_tensors(file.fileno(), tensors)
                 os.fsync(file.fileno())
             os.replace(partial, self._tensors(name))
             sync_path(self.folder)
@@ -120,8 +117,9 @@ class Journal:
             CheckpointError: it is missing or damaged.
         """
         try:
-            return load(self._tensors(name).read_bytes())
-        except (OSError, SafetensorError) as error:
+            with self._tensors(name).open("rb") as file:
+                return read_tensors(file.fileno())
+        except (OSError, HeaderError) as error:
             raise CheckpointError(
                 f"{self._tensors(name)}: cannot be read ({error}); pass --force to start over"
             ) from error

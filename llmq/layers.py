@@ -125,6 +125,8 @@ def _pieces(job: Job, problem: Problem, w: Tensor) -> list[_Piece]:
     judge = None
     if problem.held_out is not None and problem.held_out.tokens:
         pull = w @ problem.held_out.cross(problem.name) if problem.paired else None
+        if problem.routed is None:  # experts may share their sums
+            problem.held_out.drop_cross()
         judge = Measure(w, problem.held_out.mean(problem.name), pull)
     solutions, result, undone = _judged(job, problem, w, h, judge)
     pieces = _split(problem, solutions, result, undone)

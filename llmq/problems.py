@@ -60,6 +60,11 @@ class Observed:
     reference: Stream | None = None
     original: nn.Module | None = None  # the block as it was
 
+    def __post_init__(self) -> None:
+        """Let the reference replay the same parts of its block."""
+        if self.reference is not None and self.original is not None:
+            self.reference.follow(self.stream, self.original)
+
     def batches(self, stage: Stage, twin: Twin | None) -> Iterator[tuple[int, list[Tensor], list[Tensor | None]]]:
         """Yield the number of each batch of this rank, its inputs and the original model's, one of each per call."""
         for number in self.stream.hidden.mine:
@@ -103,7 +108,7 @@ def measure(
                     if into is not None and found is not None and held_out in kinds:
                         into.absorb_(ranks.broadcast(found, source))
     if twin is not None and twin.last and seen.reference is not None:
-        seen.reference.hidden.arrive()
+        seen.reference.arrive()
     problems = [part for part, _ in totals]
     if ranks.world == 1 or len(problems) < ranks.world:
         return problems

@@ -194,6 +194,7 @@ class Run:
                 held_out=self.held_out,
                 batch_tokens=min(tokens, TOKENS_PER_STEP) if recipe.tune_steps or recipe.tune_epochs else tokens,
                 hidden=hidden,
+                replays=self.job.budget.replays,
             )
 
     @property

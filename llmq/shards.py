@@ -149,6 +149,23 @@ def write_tensor(handle: int, tensor: Tensor, offset: int) -> None:
         offset += piece.nbytes
 
 
+def write_tensors(handle: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write a whole file of `tensors` from its start on; of each only a piece is copied at a time.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    header, entries = make_header({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()})
+    write_bytes(handle, header, 0)
+    for name, entry in entries.items():
+        write_tensor(handle, tensors[name].detach(), entry.offset)
+
+
+def read_tensors(handle: int) -> dict[str, Tensor]:
+    """Return all tensors of an open file; errors as for `read_header` and `read_tensor`."""
+    return {name: read_tensor(handle, entry) for name, entry in read_header(handle).items()}
+
+
 def write_bytes(handle: int, content: bytes | memoryview, offset: int) -> None:
     """Write bytes to a position of the open file `handle`.
 
@@ -174,7 +191,7 @@ def _allocate(nbytes: int) -> Tensor:
     malloc does not promise that: reading 20 tensors of 10 MiB one after the other left it with 50 to 70 MiB.
     """
     if nbytes < _OWN_PAGES:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever the default device is
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.uint8)
 

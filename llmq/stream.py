@@ -25,6 +25,7 @@ from llmq.calls import Call, joined, record
 from llmq.errors import SpecError
 from llmq.families import Linear, Structure, blocks_replaced, same_memory
 from llmq.moe import Entry, ExpertStage, banks_of
+from llmq.replay import NOTHING, Enough, Replay, Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,19 +58,28 @@ class Stage:
 
 
 _Joints = dict[int, Callable[[Tensor, Tensor, Tensor | None], Tensor]]
-
-
-class _Enough(Exception):  # noqa: N818  not an error
-    """Ends a block's forward pass once the inputs that were wanted have passed."""
+_Inputs = list[tuple[Tensor, ...]]  # of a module, for each call
 
 
 class Stream:
-    """Hidden states of all calibration batches in front of one block, and the arguments of every block's call."""
+    """Hidden states of all calibration batches in front of one block, and the arguments of every block's call.
 
-    def __init__(self, batches: list[Batch], hidden: HiddenStates, joints: _Joints | None = None) -> None:
+    Args:
+        batches: all of them.
+        hidden: their states.
+        joints: by the last block of a stack, what makes of its output the next one's input.
+        replays: whether what parts of a block returned is kept for its later passes (`llmq.replay`).
+    """
+
+    def __init__(
+        self, batches: list[Batch], hidden: HiddenStates, joints: _Joints | None = None, *, replays: bool = False
+    ) -> None:
         self.batches = batches
         self.hidden = hidden
-        self._joints = joints or {}  # by the last block of a stack, what makes of its output the next one's input
+        self.replays = replays
+        self._joints = joints or {}
+        self._replay: Replay | None = None  # of the block under way
+        self._trusted: set[object] = set()  # what was compared with passes that run everything
 
     @classmethod
     def start(  # noqa: PLR0913  three kinds of windows
@@ -83,6 +93,7 @@ class Stream:
         held_out: Calibration | None = None,
         batch_tokens: int | None = None,
         hidden: HiddenStates | None = None,
+        replays: bool = False,
     ) -> Stream:
         """Return the stream in front of the first block; everything around the blocks must be loaded on `device`.
 
@@ -90,7 +101,7 @@ class Stream:
         stream stands where they do.
         """
         joints: _Joints = {end: partial(joined, model, structure, end) for end in structure.ends}
-        stream, first = cls([], HiddenStates(device) if hidden is None else hidden, joints), 0
+        stream, first = cls([], HiddenStates(device) if hidden is None else hidden, joints, replays=replays), 0
         restored = len(stream.hidden) > 0
         size = max(1, (batch_tokens or TOKENS_PER_BATCH) // calibration.input_ids.shape[1])
         parts = [part for part in (calibration, random, held_out) if part is not None]
@@ -126,7 +137,16 @@ class Stream:
 
     def at(self, hidden: HiddenStates) -> Stream:
         """Return a stream of the same batches that stands where `hidden` does."""
-        return Stream(self.batches, hidden, self._joints)
+        return Stream(self.batches, hidden, self._joints, replays=self.replays)
+
+    def follow(self, other: Stream, block: nn.Module) -> None:
+        """Replay in `block`, which nobody changes, the parts that `other` replays in the one that it is a copy of."""
+        self._replay = None if other._replay is None else other._replay.twin(block)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is held of parts of the block under way."""
+        return 0 if self._replay is None else self._replay.nbytes
 
     def stages(self, block: nn.Module, index: int, linears: list[Linear]) -> list[Stage]:
         """Return the stages of block number `index`, observed on one sample.
@@ -152,7 +172,10 @@ class Stream:
 
             return hook
 
-        with _hooked([(module, observe(name)) for name, module in watched.items()]):
+        local = {module: name for name, module in block.named_modules()}
+        watch = Watch(block, {local[module]: module for module in watched.values()})
+        self._replay = None
+        with _hooked([(module, observe(name)) for name, module in watched.items()]), watch.on():
             self._run(block, index, 0)
         for name in watched:
             if name not in order:
@@ -168,7 +191,14 @@ class Stream:
                 members = [x for x in linears if places.get(x.module) == (name, last)]
                 if members:
                     by_input[f"{name} {last}"] = Stage(members, len(seen), ExpertStage(name, last, entries))
-        return list(by_input.values())
+        stages = list(by_input.values())
+        if self.replays:
+            stage_of: dict[str, tuple[int, int]] = {}
+            for number, stage in enumerate(stages):
+                names = [local[x.module] for x in stage.linears] if stage.experts is None else [stage.experts.bank]
+                stage_of |= {name: (stage_of.get(name, (number, number))[0], number) for name in names}
+            self._replay = Replay(block, watch.parts(stage_of), stage_of)
+        return stages
 
     def inputs(self, block: nn.Module, index: int, stage: Stage, batch: int, *, passing: bool = False) -> list[Tensor]:
         """Return what enters the linears of `stage` for one batch: a tensor [..., K] for each call.
@@ -182,15 +212,7 @@ class Stream:
         self, block: nn.Module, index: int, batch: int, module: nn.Module, calls: int, *, passing: bool = False
     ) -> list[tuple[Tensor, ...]]:
         """Return what `module`, somewhere in the block, is called with, for each of its `calls`; else as `inputs`."""
-        seen: list[tuple[Tensor, ...]] = []
-
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args)
-            if len(seen) == calls and not passing:  # the rest of the block is of no interest
-                raise _Enough
-
-        with _hooked([(module, keep)]):
-            out = self._run(block, index, batch)
+        seen, out = self._pass(block, index, batch, (module, calls), passing=passing)
         if passing:
             self._move(batch, index, out)
         return seen
@@ -198,7 +220,12 @@ class Stream:
     def advance(self, block: nn.Module, index: int) -> None:
         """Move the hidden states of all batches through block number `index`; errors as for `HiddenStates.arrive`."""
         for batch in self.hidden.mine:
-            self._move(batch, index, self._run(block, index, batch))
+            self._move(batch, index, self._pass(block, index, batch, None, passing=True)[1])
+        self.arrive()
+
+    def arrive(self) -> None:
+        """Leave the block that all batches have passed; errors as for `HiddenStates.arrive`."""
+        self._replay = None
         self.hidden.arrive()
 
     def through(self, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
@@ -208,15 +235,52 @@ class Stream:
     def _move(self, batch: int, index: int, out: Tensor | None) -> None:
         """Let a batch stand behind block number `index`, which returned `out`: in front of the next one."""
         assert out is not None, "no hook ends this pass"
+        if self._replay is not None:
+            self._replay.drop(batch)
         join = self._joints.get(index)
         self.hidden[batch] = out if join is None else join(out, self.batches[batch].ids, self.batches[batch].valid)
+
+    def _pass(
+        self, block: nn.Module, index: int, batch: int, wanted: tuple[nn.Module, int] | None, *, passing: bool
+    ) -> tuple[_Inputs, Tensor | None]:
+        """Return what the wanted module is called with so many times and, of a pass to the end, the block's output.
+
+        What can be replayed is. The first time that this leaves something out, nothing is left out for comparison.
+        """
+        replay = self._replay
+        if replay is None or replay.block is not block:
+            return self._watched(block, index, batch, wanted, to_the_end=passing)
+        with replay.playing(batch, wanted and wanted[0], self.hidden[batch], final=passing) as playing:
+            found = self._watched(block, index, batch, wanted, to_the_end=passing or playing.late)
+        key = type(block), playing
+        if playing == NOTHING or key in self._trusted or self.hidden.device.type == "meta":
+            return found
+        expected = self._watched(block, index, batch, wanted, to_the_end=passing)
+        if not _equal(found, expected):
+            self.replays, self._replay = False, None
+        self._trusted.add(key)
+        return expected
+
+    def _watched(
+        self, block: nn.Module, index: int, batch: int, wanted: tuple[nn.Module, int] | None, *, to_the_end: bool
+    ) -> tuple[_Inputs, Tensor | None]:
+        """Return what `_pass` does, of a pass that does all that it is not kept from."""
+        seen: _Inputs = []
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args)
+            if wanted is not None and len(seen) == wanted[1] and not to_the_end:  # the rest is of no interest
+                raise Enough
+
+        with _hooked([] if wanted is None else [(wanted[0], keep)]):
+            return seen, self._run(block, index, batch)
 
     @torch.no_grad()
     def _run(self, block: nn.Module, index: int, batch: int) -> Tensor | None:
         """Return the block's output for one batch, or None if a hook ended the pass."""
         try:
             return self.through(block, index, batch, self.hidden[batch])
-        except _Enough:
+        except Enough:
             return None
 
 
@@ -230,6 +294,13 @@ def logits(model: PreTrainedModel, structure: Structure, batch: Batch, hidden: T
         out = model(input_ids=batch.ids, attention_mask=mask, use_cache=False).logits
     assert isinstance(out, Tensor)
     return out
+
+
+def _equal(one: tuple[_Inputs, Tensor | None], other: tuple[_Inputs, Tensor | None]) -> bool:
+    """Return whether two passes showed the same numbers."""
+    pairs = [(a, b) for x, y in zip(one[0], other[0], strict=True) for a, b in zip(x, y, strict=True)]
+    ends = [(one[1], other[1])] if one[1] is not None and other[1] is not None else []
+    return all(torch.equal(a, b) for a, b in [*pairs, *ends] if isinstance(a, Tensor))
 
 
 @contextmanager

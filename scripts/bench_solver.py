@@ -144,9 +144,9 @@ def given_factor(run: Callable[[], Solution]) -> Callable[[], Solution]:
     """Return `run` with every factorization answered from memory."""
     known: dict[float, Factor | None] = {}
 
-    def remembered(h: Tensor, damp_percent: float) -> Factor | None:
+    def remembered(h: Tensor, damp_percent: float, order: Tensor | None = None) -> Factor | None:
         if damp_percent not in known:
-            known[damp_percent] = factorize(h, damp_percent)
+            known[damp_percent] = factorize(h, damp_percent, order)
         return known[damp_percent]
 
     def call() -> Solution:

@@ -30,16 +30,25 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from llmq.driver import quantize
-from llmq.errors import CheckpointError
+from llmq.errors import CheckpointError, LlmqError
+from llmq.families import auto_class
 from llmq.presets import PRESETS, preset_fields
 from llmq.recipe import make_recipe
 
 WORDS = 128
 SIZES = {
     "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2},
+    "t5": {
+        "d_model": 64,
+        "d_ff": 128,
+        "d_kv": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+    },
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 128},
     "qwen3_moe": {
         "hidden_size": 64,
@@ -85,7 +94,7 @@ def make_case(folder: Path, model: str, preset: str) -> Case:
     if not source.exists():
         torch.manual_seed(0)
         config = AutoConfig.for_model(model, vocab_size=WORDS, bos_token_id=0, eos_token_id=0, **SIZES[model])
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
+        auto_class(config).from_config(config, dtype=torch.bfloat16).save_pretrained(source)
         words = {"<s>": 0, **{f"w{i}": i for i in range(1, WORDS)}}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -106,9 +115,9 @@ def in_child(work: Callable[[], None], kill_after: float | None = None) -> int |
             os.dup2(quiet, 1)
             work()
             code = 0
-        except CheckpointError as error:
+        except LlmqError as error:
             print(error, file=sys.stderr, flush=True)
-            code = 3
+            code = 3 if isinstance(error, CheckpointError) else 2
         finally:
             os._exit(code)
     if kill_after is not None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llmq.errors import SolverError
 from llmq.hessian import Factor, factorize
+from llmq.planning.counting import Held
 
 
 def gram(k: int, tokens: int, seed: int = 0) -> Tensor:
@@ -46,6 +47,26 @@ def test_factor_reproduces_the_damped_hessian(k: int, damp: float) -> None:
     h = gram(k, 4 * k)
     found = check_factor(h, factorize(h, damp))
     assert (found.damp_percent, found.remedies) == (damp, ())
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 33, 130, 259])
+@pytest.mark.parametrize("damp", [1e-9, 0.01])
+def test_an_order_is_that_of_rows_and_columns(k: int, damp: float) -> None:
+    h = gram(k, 4 * k if damp > 1e-6 else k // 2 + 1)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(k))
+    found = factorize(h, damp, order)
+    check_factor(h[order][:, order], found)
+    plain = factorize(h[order][:, order].clone(), damp)
+    assert plain is not None
+    assert torch.equal(found.r, plain.r)  # type: ignore[union-attr]
+
+
+def test_a_factor_takes_the_memory_of_one_matrix_and_little_more() -> None:
+    with Held() as live:
+        h, order = gram(512, 2048).clone(), torch.arange(512).flip(0)
+        before = live.peak = live.now
+        factorize(h, 0.01, order)
+    assert live.peak - before < 1.3 * h.nbytes
 
 
 def test_factor_leaves_its_argument_alone() -> None:

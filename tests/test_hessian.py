@@ -29,6 +29,71 @@ def test_mean_is_twice_the_mean_outer_product() -> None:
     assert torch.equal(h.double(), expected(x))
 
 
+@pytest.mark.parametrize("k", [1, 7, 8, 9, 64, 67, 520, 1030], ids=str)  # tiles of 512, strips of an eighth
+def test_every_entry_is_summed_whatever_the_size(k: int) -> None:
+    x, reference = whole(3, 5, k), whole(3, 5, k, seed=1)  # 15 tokens of at most 81 each: exact
+    whole_sum, cross = expected(x.reshape(15, k)) * 15 / 2, (reference - x).reshape(15, k).double().T
+    total = HessianSum(k, CPU, paired=True)
+    for part, other in zip(x, reference, strict=True):
+        lane = HessianSum(k, CPU, paired=True)
+        lane.add_(part, None, None, other)
+        total.absorb_(lane)
+    scale = torch.tensor(2 / 15)
+    assert torch.equal(total.mean("x"), whole_sum.float() * scale)
+    assert torch.equal(total.cross("x"), (cross @ x.reshape(15, k).double()).float() * scale)
+
+
+@pytest.mark.parametrize("k", [5, 67, 1030], ids=str)
+def test_what_is_kept_is_the_whole_sum(k: int) -> None:
+    x = whole(15, k)
+    kept, counts = summed(k, x[:9]).state()
+    assert torch.equal(kept.double(), x[:9].double().T @ x[:9].double())
+    total = HessianSum.of_state(kept, counts)
+    total.add_(x[9:])
+    assert torch.equal(total.state()[0].double(), x.double().T @ x.double())
+    empty, counts = HessianSum(k, CPU).state()
+    assert (empty.shape, empty.any(), counts["tokens"]) == ((k, k), False, 0)
+
+
+def test_sums_are_exactly_symmetric() -> None:
+    x = torch.randn(999, 67, generator=torch.Generator().manual_seed(0))
+    for h in (summed(67, x).mean("x"), summed(67, x).state()[0]):
+        assert torch.equal(h, h.T)
+
+
+def test_what_was_asked_for_does_not_change_and_costs_no_memory() -> None:
+    x = whole(64, 5)
+    total, other = weighted(x, None, reference=x + 1), weighted(x, None, reference=x)
+    h, d = total.mean("x"), total.cross("x")
+    assert (total.mean("x").data_ptr(), total.cross("x").data_ptr()) == (h.data_ptr(), d.data_ptr())
+    assert torch.equal(total.mean("x").double(), expected(x))
+    total.drop_cross()
+    assert torch.equal(total.mean("x"), h)
+    for change in (lambda: total.add_(x, None, None, x), lambda: total.absorb_(other), lambda: other.absorb_(total)):
+        with pytest.raises(AssertionError, match="handed out"):
+            change()
+
+
+def test_nothing_that_is_given_is_written_to() -> None:
+    x, reference, g = whole(64, 5), whole(64, 5, seed=1), torch.full((64,), 2.0)
+    before = x.clone(), reference.clone()
+    for weights in (None, g):
+        weighted(x, weights, reference=reference)
+    assert torch.equal(x, before[0])
+    assert torch.equal(reference, before[1])
+
+
+def test_values_whose_sum_overflows_are_finite() -> None:
+    x = torch.zeros(4, 2)
+    x[:, 0] = 1e19  # squares of 1e38, four of which no float32 holds: two tokens are enough
+    total = summed(2, x[:2].clone())
+    assert (total.tokens, total.dropped) == (2, 0)
+    x[:, 1] = 3e38  # their own sum overflows
+    total = HessianSum(2, CPU)
+    total.add_(x)
+    assert (total.tokens, total.dropped) == (4, 0)
+
+
 def test_all_leading_dimensions_are_tokens() -> None:
     x = whole(4, 2, 8, 5)
     total = summed(5, x)
@@ -107,9 +172,8 @@ def test_more_than_one_bad_token_in_a_hundred_is_an_error() -> None:
     x = whole(200, 5)
     x[:2, 0] = float("inf")
     assert MAX_BAD_TOKENS == 0.01
-    total = summed(5, x)
-    assert total.mean("layer").isfinite().all()
-    total.add_(torch.full((1, 5), float("nan")))
+    assert summed(5, x).mean("layer").isfinite().all()
+    total = summed(5, x, torch.full((1, 5), float("nan")))
     with pytest.raises(CalibrationError, match=r"layers\.3\.up_proj: 3 of 201 "):
         total.mean("layers.3.up_proj")
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from llmq.checkpoint import CheckpointReader, tensor_infos
 from llmq.errors import CheckpointError
+from llmq.shards import read_tensors, write_tensors
 
 
 def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -52,6 +54,29 @@ DAMAGED = {
     "nothing but data": raw({}, bytes(4)),
     "odd number of halves": raw({"a": entry(0, 1, [1], "F4")}, bytes(1)),
 }
+
+
+def test_tensors_come_back_as_they_were_written(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        "half": torch.randn(3, 5, generator=draw).bfloat16(),
+        "across": torch.randn(7, 4, generator=draw).T,
+        "part": torch.randn(9, 9, generator=draw)[2:5, 1:8],
+        "trained": torch.randn(2, 2, generator=draw).requires_grad_(),
+        "bytes": torch.arange(11, dtype=torch.uint8),
+        "none": torch.empty(0, 3),
+        "one": torch.tensor(2.5, dtype=torch.float64),
+    }
+    file = tmp_path / "tensors.safetensors"
+    with file.open("wb") as written:
+        write_tensors(written.fileno(), tensors)
+    with file.open("rb") as read:
+        found = read_tensors(read.fileno())
+    for other in (found, load_file(file)):
+        assert other.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert other[name].dtype == tensor.dtype
+            assert torch.equal(other[name], tensor)
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)

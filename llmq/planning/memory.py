@@ -18,6 +18,7 @@ from llmq.planning.counting import Held
 from llmq.planning.miniature import held
 from llmq.planning.outline import BlockOutline, Outline, StageOutline, outline
 from llmq.preflight import Job
+from llmq.ranks import LANES
 
 _SLACK = 1.04  # of what is beyond the base: holes between the blocks that the allocator hands out
 _LIBRARIES = 60 * 10**6  # buffers that MKL and oneDNN keep once they have multiplied
@@ -85,14 +86,16 @@ class MemoryModel:
         if not self.calibrated:
             return
         tokens: int = TOKENS_PER_BATCH
-        yield Budget(cached=False)
+        yield Budget(replays=False)
+        thrifty = Budget(replays=False, cached=False)
+        yield thrifty
         while tokens // 2 >= self.seq_len:
             tokens //= 2
-            yield Budget(cached=False, batch_tokens=tokens)
+            yield replace(thrifty, batch_tokens=tokens)
         rows = max(stage.rows for block in self.outline.blocks for stage in block.stages)
         while rows // 2 >= _LEAST_ROWS:
             rows //= 2
-            yield Budget(cached=False, batch_tokens=tokens, solver_rows=rows)
+            yield replace(thrifty, batch_tokens=tokens, solver_rows=rows)
 
     def fit(self, limit: int | None) -> Budget:
         """Return the first budget that keeps the run under `limit` bytes; None: no limit.
@@ -132,6 +135,9 @@ class MemoryModel:
                 tokens = min(tokens, budget.batch_tokens)
             memory = 2 if len(job.structure.starts) > 1 else 1
             parts["hidden states"] = tokens * out.width * memory * job.dtype.itemsize * streams
+            if budget.replays:
+                kept = max(block.kept[0] + job.paired * block.kept[1] for block in out.blocks)
+                parts["parts of a block that are final"] = round(kept * tokens / out.tokens)
             groups = recipe.guidance_groups
             if groups:
                 parts["weights of tokens"] = 4 * groups * len(job.linears) * self.windows * self.seq_len
@@ -173,14 +179,20 @@ class MemoryModel:
         if not self.calibrated:
             return self._solving(stage, budget, judged)
         batch = min(budget.batch_tokens, self.windows * self.seq_len)
-        sums = 4 * k * k * (1 + judged) * (1 + job.paired)
+        one = 4 * k * k * (1 + job.paired)
+        lanes = min(LANES, -(-self.windows * self.seq_len // batch))
+        sums = one * (1 + judged)
         bank = 0
         if stage.bank:
             tokens = self.windows * self.seq_len
             bank = tokens * self.outline.width * job.dtype.itemsize * (1 + job.paired)
             bank += stage.copies * self._weights(stage) + sums  # those of all tokens
         inputs = batch * k * job.dtype.itemsize
-        measuring = sums + max(workspace + inputs, inputs * (1 + job.paired) + round(self._adding * batch * k))
+        measuring = (
+            sums
+            + one * (lanes > 1 + judged)
+            + max(workspace + inputs, inputs * (1 + job.paired) + round(self._adding * batch * k))
+        )
         return bank + max(measuring, self._solving(stage, budget, judged))
 
     def _solving(self, stage: StageOutline, budget: Budget, judged: bool) -> int:
@@ -232,6 +244,7 @@ def _adding(job: Job) -> float:
     x = torch.randn(t, k, generator=torch.Generator().manual_seed(0)).to(job.dtype)
     reference = x.clone() if job.paired else None
     total = HessianSum(k, torch.device("cpu"), paired=job.paired)
+    total.add_(x, None, None, reference)  # makes room for the sums
     with Held() as live:
         total.add_(x, None, None, reference)
     return float(live.peak) / (t * k)

@@ -104,8 +104,10 @@ def adding(job: Job, tokens: float, inputs: int) -> Work:
     t, k = 512, 256
     total = HessianSum(k, torch.device("cpu"), paired=job.paired)
     x = torch.randn(t, k, generator=torch.Generator().manual_seed(0)).to(job.dtype)
+    reference = x.clone() if job.paired else None
+    total.add_(x, None, None, reference)  # makes room for the sums
     with Counting() as counting:
-        total.add_(x, None, None, x.clone() if job.paired else None)
+        total.add_(x, None, None, reference)
     work, found = counting.work, Work()
     for (dtype, _), flops in work.products.items():
         found.products[dtype, side(inputs)] += flops / (t * k * k) * tokens * inputs * inputs

@@ -38,6 +38,8 @@ class StageOutline:
     share: float = 1.0  # of all tokens that reach it
     bank: str = ""  # name of the bank within the block
     before: Work = field(default_factory=Work)  # of a forward pass up to here, for the tokens of `Outline.tokens`
+    here: Work = field(default_factory=Work)  # of that, if what is final is replayed
+    there: Work = field(default_factory=Work)  # and in the original block, with the last stage to its end
 
     @property
     def rows(self) -> int:
@@ -60,6 +62,8 @@ class BlockOutline:
     largest_bytes: int  # of its largest tensor
     stages: tuple[StageOutline, ...]
     forward: Work  # of one pass, for the tokens of `Outline.tokens`
+    advance: Work  # of the last one, if what is final is replayed
+    kept: tuple[int, int]  # bytes that are kept to be replayed, of the block and of the original, for the same tokens
     workspace: int  # bytes held at once in that pass, its input and result not counted
 
 
@@ -130,7 +134,7 @@ def _stream(batch: Batch, entering: Tensor, index: int) -> Stream:
     hidden = HiddenStates(_META)
     width = entering.shape[-1] + batch.calls[index].memory
     hidden.append(torch.empty(*entering.shape[:-1], width, dtype=entering.dtype, device=_META))
-    return Stream([batch], hidden)
+    return Stream([batch], hidden, replays=True)
 
 
 def _to_meta(call: Call) -> Call:
@@ -162,10 +166,12 @@ def _block(job: Job, stream: Stream, numbers: list[int]) -> BlockOutline:
         marks: dict[nn.Module, Work] = {}
         with Held() as held, Counting() as counting, _marking(watched, marks, counting), torch.no_grad():
             result = stream.through(block, index, 0, stream.hidden[0])
+        passes = _passes(stream, block, index, stages)
     tokens = stream.batches[0].ids.numel()
     experts = total(_experts_work(job, bank, tokens) for bank in banks.values())
     found = tuple(
-        _stage(job, stage, prefix, marks[module], tokens) for stage, module in zip(stages, watched, strict=True)
+        _stage(job, stage, prefix, (marks[module], here, there), tokens)
+        for stage, module, here, there in zip(stages, watched, passes.here, passes.there, strict=True)
     )
     sizes = [_bytes(job, name) for name in job.names if name.startswith(prefix)]
     packed = sum(_bytes(job, f"{linear.name}.weight") for linear in linears)
@@ -176,24 +182,61 @@ def _block(job: Job, stream: Stream, numbers: list[int]) -> BlockOutline:
         max(sizes, default=0),
         found,
         counting.work + experts,
+        passes.advance + experts,
+        passes.kept,
         held.peak - result.nbytes,
     )
 
 
-def _stage(job: Job, stage: Stage, prefix: str, before: Work, tokens: int) -> StageOutline:
+@dataclass(frozen=True)
+class _Passes:
+    """What the passes of one batch take while a block is worked on."""
+
+    here: list[Work]  # by stage
+    there: list[Work]  # in the original block
+    advance: Work
+    kept: tuple[int, int]
+
+
+def _passes(stream: Stream, block: nn.Module, index: int, stages: list[Stage]) -> _Passes:
+    """Run all passes that a block gets from its first stage on."""
+    reference = stream.fork()
+    reference.follow(stream, block)
+    found: tuple[list[Work], list[Work]] = ([], [])
+    kept = [0, 0]
+    for number, stage in enumerate(stages):
+        last = number == len(stages) - 1
+        for which, (one, works) in enumerate(zip((stream, reference), found, strict=True)):
+            with Counting() as counting:
+                if stage.experts is None:
+                    one.inputs(block, index, stage, 0, passing=last and one is reference)
+                elif not stage.experts.last:
+                    one.arguments(block, index, 0, block.get_submodule(stage.experts.bank), stage.calls)
+                kept[which] = max(kept[which], one.kept_bytes)
+                if last and one is reference and stage.experts is not None:
+                    one.advance(block, index)
+            works.append(counting.work)
+    with Counting() as counting:
+        stream.advance(block, index)
+    return _Passes(*found, counting.work, (kept[0], kept[1]))
+
+
+def _stage(job: Job, stage: Stage, prefix: str, works: tuple[Work, Work, Work], tokens: int) -> StageOutline:
     """Return the outline of a stage; that of a bank stands for one expert."""
     experts, linears = stage.experts, stage.linears
     if experts is None:
         names = tuple(linear.name.removeprefix(prefix) for linear in linears)
-        return StageOutline(names, tuple(linear.shape for linear in linears), before=before)
+        shapes = tuple(linear.shape for linear in linears)
+        return StageOutline(names, shapes, before=works[0], here=works[1], there=works[2])
     first = linears[0].name.rpartition(".")[0]
     mine = [linear for linear in linears if linear.name.rpartition(".")[0] == first]
     bank = next(m for m in job.model.modules() if isinstance(m, Bank) and linears[0].module in m.places())
     copies, share = len(linears) // len(mine), _picks(job) / bank.size
     if experts.last:  # nothing but the experts themselves runs once more
-        before = _experts_work(job, bank, tokens) * (2 / 3)
+        once = _experts_work(job, bank, tokens)
+        works = once * (2 / 3), works[1] + once * (2 / 3), works[2] + once * (5 / 3)
     names = tuple(linear.name.removeprefix(prefix) for linear in mine)
-    return StageOutline(names, tuple(linear.shape for linear in mine), copies, share, experts.bank, before)
+    return StageOutline(names, tuple(linear.shape for linear in mine), copies, share, experts.bank, *works)
 
 
 def _picks(job: Job) -> int:

@@ -67,15 +67,18 @@ class TimeModel:
 
     def _forward(self, block: BlockOutline) -> float:
         """Return the time that hidden states and Hessians of one block take."""
-        pairs = 1 + self.job.paired
-        work = [block.forward * self.passes]
+        job = self.job
+        replays, pairs = job.budget.replays, job.paired and len(block.stages) > 0
+        work = [(block.advance if replays else block.forward) * self.passes]
         for stage in block.stages:
-            work.append(stage.before * (self.passes * pairs))
-            each = self._adding(stage)
-            work.append(each * stage.copies)
-        if self.job.needs_reference:
-            last = block.stages[-1].before * -1.0 if self.job.paired and block.stages else Work()
-            work += [block.forward * self.passes, last * self.passes]
+            work.append((stage.here if replays else stage.before) * self.passes)
+            if pairs:
+                work.append((stage.there if replays else stage.before) * self.passes)
+            work.append(self._adding(stage) * stage.copies)
+        if pairs and not replays:  # the pass for the last stage goes on to the end
+            work += [block.forward * self.passes, block.stages[-1].before * -self.passes]
+        if job.needs_reference and not pairs:
+            work.append(block.forward * self.passes)
         states = self.tokens * self.outline.width * self.job.dtype.itemsize * (1 + self.job.needs_reference)
         files = self.batches * (1 + self.job.needs_reference) * self.machine.sync
         return self.machine.seconds(total(work)) + states / self.machine.write + files

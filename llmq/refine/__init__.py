@@ -43,7 +43,7 @@ def refine(q: QuantizedWeight, w: Tensor, h: Tensor, rounds: int) -> QuantizedWe
     rows = torch.arange(len(w), device=w.device)
     finished: list[tuple[Tensor, QuantizedWeight]] = []
     for _ in range(rounds):
-        before = state
+        before = state.values, state.scales, state.zeros
         for refiner in REFINERS.values():
             state = refiner(complete(state))
         moving = _moved(before, state)
@@ -62,7 +62,7 @@ def refine(q: QuantizedWeight, w: Tensor, h: Tensor, rounds: int) -> QuantizedWe
     return replace(q, codes=codes, scales=scales, zeros=zeros)
 
 
-def _moved(before: State, after: State) -> Tensor:
-    """Return which rows differ, bool [N]."""
-    pairs = ((before.values, after.values), (before.scales, after.scales), (before.zeros, after.zeros))
+def _moved(before: tuple[Tensor, ...], after: State) -> Tensor:
+    """Return in which rows values, scales or zeros differ, bool [N]."""
+    pairs = zip(before, (after.values, after.scales, after.zeros), strict=True)
     return torch.stack([(a != b).any(dim=0) for a, b in pairs]).any(dim=0)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from llmq.errors import SolverError
-from llmq.hessian import all_finite, damped, symmetric
+from llmq.hessian import all_finite, cholesky_, damp_, symmetric
+
+_PARTS = 16  # in which the cross moment is turned to float64
 
 
 def shifted(w: Tensor, h: Tensor, cross: Tensor, *, alpha: float, damp_percent: float) -> Tensor:
@@ -30,13 +32,14 @@ def shifted(w: Tensor, h: Tensor, cross: Tensor, *, alpha: float, damp_percent: 
     """
     if not all_finite(cross):
         raise SolverError("the cross moment holds NaN or infinite entries")
-    full = damped(symmetric(h), damp_percent, torch.float64)
-    lower: Tensor
-    lower, info = torch.linalg.cholesky_ex(full)
-    if info.item():
+    # its memory is all of this size that is held: cross moments are turned to float64 in parts
+    lower = cholesky_(damp_(symmetric(h, torch.float64), damp_percent).T)
+    if lower is None:
         raise SolverError(
             f"the Hessian is not positive definite at damping {damp_percent:g}, so that no shift can be computed; "
             "damp it more, or calibrate with more tokens"
         )
-    moved = torch.cholesky_solve((w.double() @ cross.double()).T, lower).T
-    return (w.double() + alpha * moved).float()
+    wide = w.double()
+    pull = torch.cat([wide @ part.double() for part in cross.chunk(_PARTS, dim=1)], dim=1)
+    moved = torch.cholesky_solve(pull.T, lower).T
+    return moved.mul_(alpha).add_(wide).float()

@@ -73,7 +73,7 @@ def sweep(
     """
     place, chosen = placer(grid, scale_search, search_norm), find_order(order)
     visit = chosen.permutation(h, group_size)
-    factor = factorize(_permuted(h, visit), damp_percent)
+    factor = factorize(h, damp_percent, visit)
     if factor is None:
         return without_factor(w, h, grid, group_size, place)
     w = w.float()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmq.hessian import symmetric
+from llmq.hessian import checked
 from llmq.solvers.placing import floored, nearest, place_all, placer
 from llmq.types import Grid, Solution
 
@@ -34,6 +34,6 @@ def weighted_rtn(
     Raises:
         SolverError: `h` holds NaN or infinity, or an option has no such value.
     """
-    w, energy = w.float(), floored(symmetric(h).diagonal().clamp(min=0))
+    w, energy = w.float(), floored(checked(h).diagonal().clamp(min=0))
     placements = place_all(placer(grid, scale_search, search_norm), w, energy, group_size)
     return Solution(nearest(grid, group_size, w, placements), damp_percent=0.0)

@@ -38,6 +38,9 @@ def test_parts_grow_with_what_they_are_for(folder: Path) -> None:
     half, whole = (MemoryModel(j, 16, 64, BASE).estimate(Budget()).host for j in (plain, job))
     assert 2 * half["a block"] == whole["a block and its original"]
     assert 2 * half["hidden states"] == whole["hidden states"]
+    for parts in (half, whole):  # what attention returned, of each stream
+        assert parts["parts of a block that are final"] == parts["hidden states"]
+    assert "parts of a block that are final" not in MemoryModel(job, 16, 64, BASE).estimate(Budget(replays=False)).host
 
 
 def test_hessians_are_held_twice_where_some_windows_judge_and_twice_where_inputs_are_paired(folder: Path) -> None:
@@ -47,6 +50,16 @@ def test_hessians_are_held_twice_where_some_windows_judge_and_twice_where_inputs
         return model.estimate(Budget()).host["Hessians and solver of mlp.down_proj"]
 
     assert hessians() - hessians(held_out=0.0) == 4 * 128 * 128
+
+
+def test_a_lane_is_held_besides_the_sums_that_it_is_added_to(folder: Path) -> None:
+    job = job_of(folder, **QUICK)
+    found = []
+    for windows in (128, 256, 512):  # in batches of 128; with two lanes, one trains and one judges
+        model = MemoryModel(job, windows, 64, BASE)
+        model._solving = lambda *_: 0  # type: ignore[method-assign]
+        found.append(model.estimate(Budget()).host["Hessians and solver of mlp.down_proj"])
+    assert found[0] == found[1] == found[2] - 4 * 128 * 128
 
 
 def test_each_budget_needs_no_more_than_the_one_before(folder: Path) -> None:

@@ -38,18 +38,42 @@ def modelled(job: Job) -> tuple[TimeModel, Outline]:
     return TimeModel(job, planned, WINDOWS, LENGTH, PRODUCTS), planned
 
 
+def upper(k: int) -> int:
+    """Return how many entries of a symmetric sum are computed: eight strips of rows, each from its diagonal on."""
+    width = -(-k // 8)
+    return sum(min(width, k - start) * (k - start) for start in range(0, k, width))
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_each_stream_passes_up_to_each_stage_and_once_to_the_end(shift: float, folder: Path) -> None:
-    job = job_of(folder, shift=shift, **QUICK)
+    job = replace(job_of(folder, shift=shift, **QUICK), budget=Budget(replays=False))
     model, planned = modelled(job)
     (kind,) = planned.blocks
     before = [flops(stage.before) for stage in kind.stages]
     hessians = sum(flops(adding(job, WINDOWS * LENGTH, stage.inputs)) for stage in kind.stages)
-    assert hessians == sum(2 * WINDOWS * LENGTH * s.inputs**2 * (1 + (shift > 0)) for s in kind.stages)
+    crosses = [s.inputs**2 if shift else 0 for s in kind.stages]
+    assert hessians == sum(
+        2 * WINDOWS * LENGTH * (s.inputs**2 * upper(256) / 256**2 + cross)
+        for s, cross in zip(kind.stages, crosses, strict=True)
+    )
     expected = sum(before) + flops(kind.forward) + hessians
     if shift:  # the original's last stage goes on to the end
         expected += sum(before) - before[-1] + flops(kind.forward)
     assert model.phases()["forward"] == pytest.approx(2 * expected)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_attention_runs_three_times_instead_of_seven_where_it_is_replayed(shift: float, folder: Path) -> None:
+    jobs = [replace(job_of(folder, shift=shift, **QUICK), budget=Budget(replays=replays)) for replays in (True, False)]
+    models = [modelled(job) for job in jobs]
+    (kind,) = models[0][1].blocks
+    saved = [model.phases()["forward"] / 2 for model, _ in models]
+    attention = flops(kind.stages[2].before) / 1  # up to the stage behind it
+    less = 2 + (2 if shift else 0)  # here: below down and at the end; there: for both stages of the MLP
+    # there, attention goes on to its end when the inputs of its last linear are wanted
+    (o,) = kind.stages[1].shapes
+    more = 2 * WINDOWS * LENGTH * o[0] * o[1] if shift else 0
+    assert saved[1] - saved[0] == pytest.approx(less * attention - more)
 
 
 def test_rows_solved_apart_take_as_many_products_as_together(folder: Path) -> None:

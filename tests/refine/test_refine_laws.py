@@ -1,5 +1,6 @@
 """Laws that every refiner obeys, and `refine`, which takes them in turn."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from refine_cases import Problem, allowance, different_rows, losses, problem, problems, rows_of, run, same
 
 from llmq.descent import State, begin, complete, descent, take
+from llmq.planning.counting import Held
 from llmq.refine import REFINERS, Refiner, refine
 
 every_refiner = pytest.mark.parametrize("refiner", REFINERS.values(), ids=REFINERS.keys())
@@ -206,3 +208,19 @@ def test_refine_stops_at_a_fixed_point(monkeypatch: pytest.MonkeyPatch, symmetri
     calls = 0
     assert same(refine(end, w, h, 500), end)
     assert calls == 1
+
+
+@every_refiner
+def test_what_is_given_up_is_free_at_once(refiner: Refiner) -> None:
+    # no cycle of references: those hold their matrices until the collector happens to look
+    gc.collect()
+    gc.disable()
+    try:
+        with Held() as live:
+            state = begin(*problem(24, 64, 16, 3, symmetric=False))
+            before = live.now
+            found = refiner(state).weight()
+            kept = sum(t.nbytes for t in (found.codes, found.scales, found.zeros))
+            assert live.now - before <= kept
+    finally:
+        gc.enable()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmq.errors import SolverError
 from llmq.grids.uniform import UniformGrid
+from llmq.planning.counting import Held
 from llmq.solvers.gptaq import gptaq
 from llmq.solvers.gptq import gptq
 from llmq.solvers.shift import shifted
@@ -134,6 +135,16 @@ def test_the_shift_is_that_of_the_formula(alpha: float, damp: float) -> None:
     torch.testing.assert_close(
         shifted(w, h, cross, alpha=alpha, damp_percent=damp).double(), expected, rtol=1e-6, atol=1e-6
     )
+
+
+def test_a_shift_holds_one_factor() -> None:
+    w, _ = correlated(4, 512, seed=6)
+    moved = moments(*streams(512, 6))
+    with Held() as live:
+        h, cross = (t.clone() for t in moved)
+        before = live.peak = live.now
+        shifted(w, h, cross, alpha=0.5, damp_percent=0.01)
+    assert live.peak - before < 1.3 * 2 * h.nbytes  # float64
 
 
 def test_the_full_shift_is_the_least_squares_answer_to_the_original_outputs() -> None:
