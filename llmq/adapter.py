@@ -21,22 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from llmq.calibration import Calibration
-from llmq.checkpoint import CheckpointReader, resolve
+from llmq.checkpoint import resolve
 from llmq.disk import write_file
 from llmq.eora import eora
 from llmq.errors import CheckpointError, SolverError, SpecError
 from llmq.families import Linear, find_structure, skeleton
-from llmq.formats import FORMATS
 from llmq.fp8 import open_checkpoint
-from llmq.hf import StoredConfig, check_headers
 from llmq.loading import Loader
 from llmq.names import file_names
+from llmq.packed import PackedCheckpoint
+from llmq.places import placed
 from llmq.preflight import Job, check_calibration, model_config, prepare
 from llmq.problems import Observed, measure
 from llmq.recipe import make_recipe
 from llmq.report import REPORT
 from llmq.stream import Stream
-from llmq.types import QuantizedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,36 +43,22 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # PEFT's wrapper around the model
 _PARTIAL = ".llmq-partial"  # ends the name of a folder that is not finished
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-class PackedReader(CheckpointReader):
+class PackedReader(PackedCheckpoint):
     """A packed folder whose packed layers read as dense weights, by the names of their codes."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        config = self.config.get("quantization_config")
-        if not isinstance(config, dict) or config.get("quant_method") != "gptq":
-            found = config.get("quant_method") if isinstance(config, dict) else "nothing"
-            raise SpecError(f"{path}: config.json says {found} of how it was quantized; give a packed GPTQ folder")
-        self.spec = StoredConfig(**config).spec
+        self.codes = {layer.keys[layer.format.marker]: module for module, layer in self.layers.items()}
         self.transposed: set[str] = set()  # names of the codes of modules that keep their weight as [K, N]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Return tensor `name` as stored or, of the codes of a packed layer, the weight in its module's layout."""
-        if not name.endswith(".qweight"):
+        if name not in self.codes:
             return super().read(name, rows)
-        weight = self.weight(name).dequantize()
+        weight = self.dequantized(self.codes[name])
         return (weight.T if name in self.transposed else weight)[rows or slice(None)]
-
-    def weight(self, name: str) -> QuantizedWeight:
-        """Return the packed weight whose codes are tensor `name`."""
-        keys = {part: f"{name.removesuffix('qweight')}{part}" for part in _PARTS}
-        tensors = {part: super(PackedReader, self).read(key) for part, key in keys.items() if key in self._infos}
-        try:
-            return FORMATS[self.spec.format].unpack(tensors, self.spec)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.path}: {name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -119,7 +104,7 @@ def open_pair(packed: str | Path, original: str | Path, dtype: str = "auto") -> 
     """Return the pair of a packed folder or hub id and the original, both checked against their headers.
 
     Args:
-        packed: GPTQ, version 1 or 2, groups contiguous.
+        packed: of any format that llmq reads.
         original: the dense checkpoint that it was made from.
         dtype: of the forward pass, as a recipe has it; auto is the original's own.
 
@@ -130,8 +115,8 @@ def open_pair(packed: str | Path, original: str | Path, dtype: str = "auto") -> 
     reader = PackedReader(resolve(packed))
     _refuse_transformed(reader.path)
     net = skeleton(model_config(reader), torch.float32)
-    layers = file_names(net, reader.keys(), packed_suffix=".qweight")
-    check_headers(net, {key: reader.info(key) for key in reader}, layers, reader.spec)
+    found = placed(net, {key: reader.info(key) for key in reader}, reader.layers)
+    layers = {f"{name}.weight": layer.keys[layer.format.marker] for name, layer in found.items()}
     source = open_checkpoint(resolve(original))
     _check_same(net, skeleton(model_config(source), torch.float32), f"{source.path} and {reader.path}")
     dense = [f"^{re.escape(x.name)}$" for x in find_structure(net).all_linears if f"{x.name}.weight" not in layers]
@@ -195,7 +180,7 @@ def _compensate(pair: Pair, adapter: Adapter, linear: Linear, h: Tensor) -> None
     name = f"{linear.name}.weight"
     w = pair.original.source.read(pair.original.names[name]).to(h.device, torch.float32)
     w = w.T if linear.transposed else w
-    error = w - pair.reader.weight(pair.packed.names[name]).dequantize().to(h.device)
+    error = w - pair.reader.dequantized(pair.reader.codes[pair.packed.names[name]]).to(h.device)
     if error.norm() > w.norm():
         raise SpecError(
             f"{linear.name}: the packed weight is farther from the original's than 0 is; it was made from another "
@@ -289,7 +274,7 @@ def _check_dense(reader: PackedReader, net: PreTrainedModel, names: dict[str, st
                 continue
             raise CheckpointError(f"{reader.path}: tensor {name} is missing; the checkpoint is incomplete")
         found = reader.info(names[name]).shape
-        if not names[name].endswith(".qweight") and found != tuple(tensor.shape):
+        if names[name] not in reader.codes and found != tuple(tensor.shape):
             raise CheckpointError(
                 f"{reader.path}: tensor {names[name]} has shape {list(found)}, config.json says {list(tensor.shape)}"
             )

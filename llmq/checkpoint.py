@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -192,6 +192,22 @@ def tensor_infos(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
         finally:
             os.close(handle)
     return found
+
+
+def read_from(infos: Mapping[str, TensorInfo], name: str) -> Tensor:
+    """Return tensor `name` of the files whose headers `infos` are, see `tensor_infos`.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    info = infos[name]
+    handle = _open(Path(info.file))
+    try:
+        return read_tensor(handle, Entry(info.shape, info.dtype, info.nbytes, info.offset), None)
+    except (OSError, HeaderError) as error:
+        raise CheckpointError(f"{info.file}: tensor {name} cannot be read: {error}") from error
+    finally:
+        os.close(handle)
 
 
 def _open(path: Path) -> int:

@@ -93,22 +93,19 @@ def verdicts(result: Result) -> list[Verdict]:
     return found
 
 
-def _bits(*pairs: tuple[int, bool]) -> Rule:
-    """Return the rule that only these bits are taken, each symmetric only or with zero points too."""
-    takes = dict(pairs)
+def _takes(known: Mapping[str, Mapping[int, bool]]) -> Rule:
+    """Return the rule that only these formats are read, and of each these bits, of which True takes no zero points."""
 
     def rule(result: Result) -> str | None:
         spec = result.spec
+        if spec.format not in known:
+            return f"format {spec.format}, it reads {', '.join(known)}"
+        takes = known[spec.format]
         if spec.bits not in takes:
-            return f"{spec.bits} bits, it takes {', '.join(map(str, takes))}"
-        return "zero points, it takes symmetric weights only" if takes[spec.bits] and not spec.symmetric else None
-
-    return rule
-
-
-def _formats(*names: str) -> Rule:
-    def rule(result: Result) -> str | None:
-        return None if result.spec.format in names else f"format {result.spec.format}, it reads {', '.join(names)}"
+            return f"{spec.bits} bits, of {spec.format} it takes {', '.join(map(str, takes))}"
+        if takes[spec.bits] and not spec.symmetric:
+            return f"zero points, of {spec.format} it takes symmetric weights only"
+        return None
 
     return rule
 
@@ -152,6 +149,10 @@ def _no_experts(result: Result) -> str | None:
     return f"experts ({result.experts[0]} and others): it leaves them random" if result.experts else None
 
 
+def _symmetric_experts(result: Result) -> str | None:
+    return "experts with zero points" if result.experts and not result.spec.symmetric else None
+
+
 def _text(result: Result) -> str | None:
     return None if result.text_only else "a model that takes more than tokens"
 
@@ -161,24 +162,42 @@ def _in_block(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name, count=1)
 
 
+_ALL = dict.fromkeys((2, 3, 4, 8), False)
+_FOUR = {4: False}
+
 ENGINES = (
     # whatever is in llmq.formats, as llmq.hf loads it
     Engine("llmq", (), note="import llmq.hf before from_pretrained, or llmq.load"),
     Engine(
         "transformers with optimum and gptqmodel",
         (
-            _bits((2, False), (3, False), (4, False), (8, False)),  # GPTQConfig refuses others (FORMATS 1.1)
-            _formats("gptq", "gptq_v2"),
-            _alike_in_all_blocks,  # only modules_in_block_to_quantize is honoured, names within a block (FORMATS 2.2)
+            _takes({"gptq": _ALL, "gptq_v2": _ALL, "awq": _FOUR}),  # GPTQConfig refuses other bits (FORMATS 1.1)
+            _alike_in_all_blocks,  # of gptq only names within a block are honoured (FORMATS 2.2)
             _no_experts,  # per-expert tensors are unexpected, the fused ones missing: a report only (FORMATS 1.5, ran)
             _text,  # its GPTQ quantizer wants main_input_name input_ids (FORMATS 2.2)
         ),
     ),
     Engine(
+        "transformers with compressed-tensors",
+        (
+            _takes({"compressed-tensors": _ALL}),  # 3 bits from 0.17 on, as a stream (FORMATS 1.3)
+            _symmetric_experts,  # with zero points they fail (FORMATS 1.5, ran)
+        ),
+        note="weights are dense after the first forward pass; zero points fail to load with some versions of "
+        "compressed-tensors unless dequantize=True is passed (docs/formats.md)",
+    ),
+    Engine(
         "vLLM 0.33",
         (
-            _bits((4, True), (8, True)),  # the two it has for GPTQ (FORMATS 1.1)
-            _formats("gptq", "gptq_v2"),  # of symmetric weights it drops qzeros: both are the same to it (FORMATS 1.1)
+            # of GPTQ two, whose qzeros it drops if symmetric: both versions are the same to it (FORMATS 1.1)
+            _takes(
+                {
+                    "gptq": {4: True, 8: True},
+                    "gptq_v2": {4: True, 8: True},
+                    "awq": _FOUR,  # FORMATS 1.2
+                    "compressed-tensors": _ALL,  # FORMATS 1.3
+                }
+            ),
             _fused_alike,  # one quantization per joined linear (FORMATS 1.3, complaint 20)
         ),
         ranks=True,
@@ -187,18 +206,18 @@ ENGINES = (
     Engine(
         "GPTQModel 7.7",
         (
-            _bits((2, False), (3, False), (4, False), (8, False)),
-            _formats("gptq", "gptq_v2"),  # version 1 with zero points is refused, llmq never writes it (FORMATS 1.1)
+            # version 1 with zero points is refused, llmq never writes it (FORMATS 1.1)
+            _takes({"gptq": _ALL, "gptq_v2": _ALL, "awq": _FOUR}),
             _whole_words,  # FORMATS 1.1
         ),
     ),
     Engine(
         "llama.cpp",
         (
-            _bits((2, False), (4, False), (8, False)),  # dequant_gptq in convert_hf_to_gguf.py: 3 is not implemented
-            _formats("gptq", "gptq_v2"),  # it adds 1 to zeros unless checkpoint_format says otherwise
+            # dequant_gptq in convert_hf_to_gguf.py: 3 is not implemented; zeros get 1 unless checkpoint_format says no
+            _takes({"gptq": {2: False, 4: False, 8: False}, "gptq_v2": {2: False, 4: False, 8: False}}),
         ),
-        note="through convert_hf_to_gguf.py, which makes weights dense again before it quantizes them its own way",
+        note="llmq convert --format gguf keeps the codes; convert_hf_to_gguf.py rounds dequantized weights anew",
     ),
 )
 

@@ -1,8 +1,8 @@
-"""transformers plug-in: importing this module makes `from_pretrained` load GPTQ folders with llmq's packed layers.
+"""transformers plug-in: importing this module makes `from_pretrained` load packed folders with llmq's packed layers.
 
-transformers keeps two tables, quantization method to configuration class and to quantizer class. The rows for "gptq"
-are replaced by the classes below; `disable` puts the old ones back. Nothing else of transformers is touched, and
-checkpoints of other methods load as before.
+transformers keeps two tables, quantization method to configuration class and to quantizer class. The rows for the
+methods in `llmq.formats.METHODS` are replaced; `disable` puts the old ones back. Nothing else of transformers is
+touched: other methods, and folders of these methods whose layout is none of llmq's, load as before.
 
 Which layers are packed is read from the headers of the files, not guessed from the configuration: a tensor that is
 missing, left over or of the wrong shape is an error, where transformers alone would go on with random weights.
@@ -17,26 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmq.checkpoint import CheckpointReader, TensorInfo, resolve, tensor_infos
+from llmq.checkpoint import CheckpointReader, read_from, resolve, tensor_infos
 from llmq.errors import CheckpointError, SpecError
 from llmq.families import auto_class
-from llmq.formats import FORMATS
-from llmq.moe import Bank, fuse_, merges, unfuse_
+from llmq.formats import METHODS
+from llmq.moe import Bank, fuse_, merges
 from llmq.names import file_names
 from llmq.nn import QuantLinear
-from llmq.types import QuantSpec
-
-_METHOD = "gptq"
-_OPTIONAL = ("g_idx",)  # old files lack it
-_OWNED = ("qweight", "qzeros", "scales", "g_idx")  # local names that only packed layers have
+from llmq.packed import packed_layers
+from llmq.places import banks_apart, placed
 
 
 def load(
@@ -68,11 +63,13 @@ def load(
 
 
 def enable() -> None:
-    """Let llmq load GPTQ checkpoints in this process; importing the module does it."""
-    _PREVIOUS.setdefault("config", auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD])
-    _PREVIOUS.setdefault("quantizer", auto.AUTO_QUANTIZER_MAPPING[_METHOD])
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = StoredConfig
-    auto.AUTO_QUANTIZER_MAPPING[_METHOD] = PackedQuantizer
+    """Let llmq load packed checkpoints in this process; importing the module does it."""
+    for method in METHODS:
+        _PREVIOUS.setdefault(
+            method, (auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method], auto.AUTO_QUANTIZER_MAPPING[method])
+        )
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = StoredConfig
+        auto.AUTO_QUANTIZER_MAPPING[method] = PackedQuantizer
     if find_spec("peft") is not None:
         from llmq import lora
 
@@ -80,9 +77,10 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Give GPTQ checkpoints back to transformers' own loader."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = _PREVIOUS["config"]
-    auto.AUTO_QUANTIZER_MAPPING[_METHOD] = _PREVIOUS["quantizer"]
+    """Give packed checkpoints back to transformers' own loaders."""
+    for method, (config, quantizer) in _PREVIOUS.items():
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config
+        auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
     if find_spec("peft") is not None:
         from llmq import lora
 
@@ -93,7 +91,7 @@ class StoredConfig(QuantizationConfigMixin):
     """A quantization_config exactly as the file has it, so that saving writes back what was read."""
 
     def __init__(self, **stored: Any) -> None:
-        self.quant_method = stored.get("quant_method", _METHOD)
+        self.quant_method = stored["quant_method"]
         self.stored = stored
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,22 +101,6 @@ class StoredConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the same: there are no defaults to leave out."""
         return self.to_dict()
-
-    @property
-    def spec(self) -> QuantSpec:
-        """What the packed layers look like.
-
-        Raises:
-            CheckpointError: a key is missing or names a layout that llmq does not read.
-        """
-        layout = self.stored.get("checkpoint_format") or self.stored.get("format") or _METHOD
-        if layout not in FORMATS:
-            known = ", ".join(FORMATS)
-            raise CheckpointError(f"quantization_config: unknown checkpoint_format {layout!r}; llmq reads {known}")
-        if self.stored.get("bits") not in (2, 3, 4, 8):
-            raise CheckpointError(f"quantization_config: bits is {self.stored.get('bits')!r}; llmq reads 2, 3, 4 and 8")
-        group_size = self.stored.get("group_size", -1)
-        return QuantSpec(self.stored["bits"], group_size, bool(self.stored.get("sym", True)), layout)
 
 
 class PackedQuantizer(HfQuantizer):
@@ -160,17 +142,14 @@ class PackedQuantizer(HfQuantizer):
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise SpecError("device_map puts packed layers on disk; give them memory on a CPU or GPU")
         infos = tensor_infos(checkpoint_files or [])
-        banks = _take_apart(model, infos)
-        packed = file_names(model, infos, packed_suffix=".qweight")
-        spec = self.quantization_config.spec
-        check_headers(model, infos, packed, spec)
-        for weight_name, qweight in packed.items():
-            name = weight_name.removesuffix(".weight")
+        banks = banks_apart(model, infos)
+        layers = packed_layers(self.quantization_config.stored, infos, lambda name: read_from(infos, name))
+        for name, layer in placed(model, infos, layers).items():
             parent_name, _, local = name.rpartition(".")
-            old = model.get_submodule(name)
-            n, k = _linear_shape(old, name)
-            absent = [x for x in _OPTIONAL if f"{qweight.removesuffix('qweight')}{x}" not in infos]
-            new = QuantLinear(k, n, spec, bias=old.bias is not None, dtype=dtype or torch.float32, absent=absent)
+            bias = getattr(model.get_submodule(name), "bias", None) is not None
+            n, k = layer.shape
+            stored = layer.stored
+            new = QuantLinear(k, n, stored.spec, bias=bias, dtype=dtype or torch.float32, layout=stored.layout)
             setattr(model.get_submodule(parent_name), local, new)
         missing = set(model.state_dict()) - set(file_names(model, infos)) - set(model.all_tied_weights_keys)
         optional = model._keys_to_ignore_on_load_missing or []
@@ -192,67 +171,18 @@ class PackedQuantizer(HfQuantizer):
         return updated
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, QuantLinear):
-                module.prepare_(model.dtype)
+                try:
+                    module.prepare_(model.dtype)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{name}: {error}") from error
         return model
-
-
-def check_headers(
-    model: PreTrainedModel, infos: dict[str, TensorInfo], packed: dict[str, str], spec: QuantSpec
-) -> None:
-    """Check that the files hold whole packed layers of the right shapes, and no packed tensors besides.
-
-    Raises:
-        CheckpointError: they do not.
-    """
-    if not packed:
-        raise CheckpointError("quantization_config says gptq, but the files hold no packed weight of the model")
-    accounted = set()
-    for weight_name, qweight in packed.items():
-        name, prefix = weight_name.removesuffix(".weight"), qweight.removesuffix("qweight")
-        n, k = _linear_shape(model.get_submodule(name), name)
-        for local, (shape, dtype) in FORMATS[spec.format].layout(spec, n, k).items():
-            key = prefix + local
-            accounted.add(key)
-            if key not in infos and local in _OPTIONAL:
-                continue
-            if key not in infos:
-                raise CheckpointError(f"packed tensor {key} is missing; the checkpoint is incomplete")
-            found = infos[key]
-            if found.shape != shape or found.dtype.is_floating_point != dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{found.file}: packed tensor {key} is {found.dtype} {list(found.shape)}; a layer of {n} outputs "
-                    f"and {k} inputs at {spec.bits} bits, group_size {spec.group_size}, has {dtype} {list(shape)}"
-                )
-    stray = [key for key in infos if key.rpartition(".")[2] in _OWNED and key not in accounted]
-    if stray:
-        raise CheckpointError(f"packed tensor {stray[0]} belongs to no linear layer of the model ({len(stray)} such)")
-
-
-def _take_apart(model: PreTrainedModel, infos: dict[str, TensorInfo]) -> dict[str, Bank]:
-    """Put banks of linear layers in the place of the fused experts that the files have apart, and return them."""
-    whole = file_names(model, infos, merged=False)
-    banks = unfuse_(model)
-    for name, bank in list(banks.items()):
-        if any(f"{name}.{part.parameter}" in whole for part in bank.parts()):
-            fuse_(model, banks.pop(name), name)
-    return banks
-
-
-def _linear_shape(module: nn.Module, name: str) -> tuple[int, int]:
-    """Return outputs and inputs of a linear layer."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    if isinstance(module, Conv1D):
-        k, n = module.weight.shape
-        return n, k
-    raise CheckpointError(f"{name}: the files hold a packed weight for a {type(module).__name__}, which is not linear")
 
 
 def _where(files: Iterable[str] | None) -> str:
     return str(Path(next(iter(files or ["checkpoint"]))).parent)
 
 
-_PREVIOUS: dict[str, Any] = {}
+_PREVIOUS: dict[str, tuple[Any, Any]] = {}
 enable()

@@ -8,7 +8,7 @@ moves the module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import ops
-from llmq.formats import FORMATS
+from llmq.formats import FORMATS, TensorLayout
 from llmq.types import QuantizedWeight, QuantSpec
 
 
@@ -30,7 +30,7 @@ class QuantLinear(nn.Module):
         bias: whether there is one, [N] of `dtype`.
         dtype: dtype of the bias and of the activations that are expected.
         device: where the buffers are made; they are not initialized.
-        absent: optional tensors of the format that the file does not have.
+        layout: the tensors of a foreign file, if they are not those that llmq would write.
     """
 
     def __init__(
@@ -42,19 +42,18 @@ class QuantLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "meta",
-        absent: Collection[str] = (),
+        layout: TensorLayout | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        layout = FORMATS[spec.format].layout(spec, out_features, in_features)
-        layout = {name: tensor for name, tensor in layout.items() if name not in absent}
+        layout = layout or FORMATS[spec.format].layout(spec, out_features, in_features)
         for name, (shape, stored) in layout.items():
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
         self.register_buffer("placeholder", torch.empty(0, dtype=dtype, device=device), persistent=False)
-        self.stored_names = tuple(layout)
+        self.stored = layout
         self.kernel: str | None = None  # row of ops.KERNELS that holds the weight; None: the checkpoint's tensors do
         self._dtype: torch.dtype | None = None  # of the activations that the kernel was chosen for
 
@@ -68,39 +67,34 @@ class QuantLinear(nn.Module):
     @property
     def layer(self) -> ops.Layer:
         """The layer as kernels see it."""
-        return ops.Layer(self.spec, self.out_features, self.in_features)
+        spec, n, k = self.spec, self.out_features, self.in_features
+        return ops.Layer(spec.bits, spec.group_columns(k), spec.symmetric, n, k)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output [..., N] for `x` [..., K]."""
         if self.kernel is None or self._dtype != x.dtype:
             self.prepare_(x.dtype)
         assert self.kernel is not None
-        spec = self.spec
-        output: Tensor = ops.quant_matmul(
-            x,
-            self._packed(),
-            self.bias,
-            self.kernel,
-            spec.bits,
-            spec.group_size,
-            spec.symmetric,
-            spec.format,
-            self.out_features,
-        )
+        if (order := self._buffers.get("order")) is not None:
+            x = x[..., order]
+        bits, group_size, symmetric, n, _ = self.layer
+        output: Tensor = ops.quant_matmul(x, self._packed(), self.bias, self.kernel, bits, group_size, symmetric, n)
         return output
 
     @torch.no_grad()
     def prepare_(self, dtype: torch.dtype) -> None:
         """Arrange the weight for the best kernel on this device and activations of `dtype`."""
-        device = self.get_buffer(self.stored_names[0]).device if self.kernel is None else self._packed()[0].device
+        device = self.get_buffer(next(iter(self.stored))).device if self.kernel is None else self._packed()[0].device
         kernel = ops.choose(self.layer, device, dtype)
         if kernel != self.kernel or (dtype != self._dtype and kernel != "reference"):
-            weight = self.quantized_weight()
+            weight, order = self.quantized_weight(), self.columns()
             packed = ops.KERNELS[kernel].pack(weight, self.layer, dtype)
-            self._drop(self.stored_names if self.kernel is None else self._packed_names())
+            self._drop(tuple(self.stored) if self.kernel is None else self._kernel_names())
+            if order is not None:
+                self.register_buffer("order", order, persistent=False)
             if kernel != "reference" and not torch.equal(weight.scales, weight.scales.to(dtype).float()):
                 # scales of a foreign file that the kernel had to round: kept for saving what was loaded
-                self.register_buffer("packed_exact_scales", weight.scales.half(), persistent=False)
+                self.register_buffer("exact_scales", ops.exact(weight.scales), persistent=False)
             for position, tensor in enumerate(packed):
                 self.register_buffer(f"packed_{position}", tensor, persistent=False)
         self.kernel, self._dtype = kernel, dtype
@@ -111,19 +105,24 @@ class QuantLinear(nn.Module):
         if self.kernel is None:
             return
         stored = self._stored()
-        self._drop(self._packed_names())
+        self._drop(self._kernel_names())
         self.kernel = self._dtype = None
         for name, tensor in stored.items():
             self.register_buffer(name, tensor)
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Return the weight on its grid."""
+        """Return the weight on its grid; its columns are those of `columns`."""
         if self.kernel is None:
-            tensors = {name: self.get_buffer(name) for name in self.stored_names}
-            return FORMATS[self.spec.format].unpack(tensors, self.spec)
+            return FORMATS[self.spec.format].unpack(self._stored(), self.spec)
         weight = ops.KERNELS[self.kernel].unpack(self._packed(), self.layer)
-        exact = self._buffers.get("packed_exact_scales")
+        exact = self._buffers.get("exact_scales")
         return weight if exact is None else replace(weight, scales=exact.float())
+
+    def columns(self) -> Tensor | None:
+        """Return which input each column of the weight belongs to, int64 [K]; None: they are in order."""
+        if self.kernel is None:
+            return FORMATS[self.spec.format].columns(self._stored(), self.spec)
+        return self._buffers.get("order")
 
     def extra_repr(self) -> str:
         """Return sizes, bits and kernel for printing."""
@@ -136,14 +135,17 @@ class QuantLinear(nn.Module):
     def _stored(self) -> dict[str, Tensor]:
         """Return the checkpoint's tensors, whoever holds the weight now."""
         if self.kernel is None:
-            return {name: self.get_buffer(name) for name in self.stored_names}
-        return FORMATS[self.spec.format].pack(self.quantized_weight(), self.spec)
+            return {name: self.get_buffer(name) for name in self.stored}
+        tensors = FORMATS[self.spec.format].pack(self.quantized_weight(), self.spec, self.columns())
+        return {name: tensors[name].to(dtype) for name, (_, dtype) in self.stored.items()}
 
-    def _packed_names(self) -> tuple[str, ...]:
-        return tuple(name for name in self._buffers if name.startswith("packed_"))
+    def _kernel_names(self) -> tuple[str, ...]:
+        """Buffers that are there as long as a kernel holds the weight."""
+        mine = ("order", "exact_scales")
+        return tuple(name for name in self._buffers if name.startswith("packed_") or name in mine)
 
     def _packed(self) -> list[Tensor]:
-        return [self.get_buffer(name) for name in self._packed_names() if name != "packed_exact_scales"]
+        return [self.get_buffer(name) for name in self._buffers if name.startswith("packed_")]
 
     def _drop(self, names: tuple[str, ...]) -> None:
         for name in names:
@@ -167,8 +169,7 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
         for name, tensor in self._stored().items():
-            if name in self.stored_names:
-                destination[f"{prefix}{name}"] = tensor
+            destination[f"{prefix}{name}"] = tensor
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.restore_()

@@ -16,22 +16,19 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from llmq.errors import KernelError
-from llmq.formats import FORMATS
+from llmq.formats import bits as bitstream
 from llmq.grids.uniform import UniformGrid
-from llmq.types import QuantizedWeight, QuantSpec
+from llmq.types import QuantizedWeight
 
 
 class Layer(NamedTuple):
     """A packed layer, as far as a kernel cares."""
 
-    spec: QuantSpec
+    bits: int
+    group_size: int  # columns per group, the number of inputs where there is one group
+    symmetric: bool  # whether every zero is the middle code
     out_features: int
     in_features: int
-
-    @property
-    def group_size(self) -> int:
-        """Columns per group, the number of inputs where there is one group."""
-        return self.spec.group_columns(self.in_features)
 
 
 class Kernel(NamedTuple):
@@ -67,14 +64,13 @@ def quant_matmul(  # noqa: PLR0913  operators take plain values only
     bits: int,
     group_size: int,
     symmetric: bool,
-    layout: str,
     out_features: int,
 ) -> Tensor:
     """Return ``x @ Wᵀ + bias`` [..., N] for the weight that `packed` holds in the arrangement of row `kernel`.
 
-    `x` [..., K] of a float dtype; `bias` [N] or None; `layout` a name in `FORMATS`; the rest as in `QuantSpec`.
+    `x` [..., K] of a float dtype; `bias` [N] or None; the rest as in `Layer`.
     """
-    layer = Layer(QuantSpec(bits, group_size, symmetric, layout), out_features, x.shape[-1])
+    layer = Layer(bits, group_size, symmetric, out_features, x.shape[-1])
     rows = x.reshape(-1, x.shape[-1])
     return KERNELS[kernel].matmul(rows, packed, bias, layer).reshape(*x.shape[:-1], out_features)
 
@@ -88,7 +84,6 @@ def _(  # noqa: PLR0913
     bits: int,
     group_size: int,
     symmetric: bool,
-    layout: str,
     out_features: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
@@ -100,21 +95,28 @@ def _reference_matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, laye
 
 
 def _reference_pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-    """The file's own tensors, without g_idx, which only says that groups are contiguous."""
-    tensors = FORMATS[layer.spec.format].pack(weight, layer.spec)
-    return [tensors[name] for name in ("qweight", "qzeros", "scales")]
+    """Return codes as a stream along the inputs, the scales and, where they are not all the middle code, the zeros."""
+    packed = [bitstream.pack(weight.codes, layer.bits), exact(weight.scales)]
+    wide = torch.uint8 if layer.bits < 8 else torch.int16  # version 1 of the gptq format has zeros up to 2^bits
+    return packed if layer.symmetric else [*packed, weight.zeros.to(wide)]
 
 
 def _reference_unpack(packed: list[Tensor], layer: Layer) -> QuantizedWeight:
-    tensors = dict(zip(("qweight", "qzeros", "scales"), packed, strict=True))
-    return FORMATS[layer.spec.format].unpack(tensors, layer.spec)
+    codes = bitstream.unpack(packed[0], layer.bits, layer.in_features)
+    return _weight(codes, packed[1], None if layer.symmetric else packed[2], layer)
+
+
+def exact(scales: Tensor) -> Tensor:
+    """Return float32 `scales` in the first of float16, bfloat16 and float32 that holds all of them as they are."""
+    small = (scales.to(dtype) for dtype in (torch.float16, torch.bfloat16))
+    return next((s for s in small if torch.equal(s.float(), scales)), scales)
 
 
 def _weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, layer: Layer) -> QuantizedWeight:
     """Return a weight from what a kernel package unpacked; no zeros means that all are the middle code."""
     if zeros is None:
-        zeros = torch.full_like(scales, 2 ** (layer.spec.bits - 1))
-    grid = UniformGrid(layer.spec.bits, layer.spec.symmetric)
+        zeros = torch.full_like(scales, 2 ** (layer.bits - 1))
+    grid = UniformGrid(layer.bits, layer.symmetric)
     return QuantizedWeight(codes, scales.float(), zeros.float(), grid, layer.group_size)
 
 
@@ -123,7 +125,7 @@ def _cpu_int4_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) ->
 
     if device.type != "cpu":
         return f"runs on a CPU, not on {device.type}"
-    return cpu.int4_refuses(layer.out_features, layer.in_features, layer.spec.bits, layer.group_size, dtype)
+    return cpu.int4_refuses(layer.out_features, layer.in_features, layer.bits, layer.group_size, dtype)
 
 
 def _cpu_int4_pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
@@ -151,9 +153,9 @@ def _cpu_int8_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) ->
 
     if device.type != "cpu":
         return f"runs on a CPU, not on {device.type}"
-    if not layer.spec.symmetric:
+    if not layer.symmetric:
         return "needs a symmetric grid"
-    return cpu.int8_refuses(layer.out_features, layer.in_features, layer.spec.bits, layer.group_size, dtype)
+    return cpu.int8_refuses(layer.out_features, layer.in_features, layer.bits, layer.group_size, dtype)
 
 
 def _cpu_int8_pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
@@ -184,11 +186,11 @@ def _triton(module: str) -> Kernel:
             return "needs compute capability 8.0 or newer"
         if dtype not in (torch.float16, torch.bfloat16):
             return f"{dtype} activations: tensor cores multiply float16 and bfloat16"
-        n, k, bits = layer.out_features, layer.in_features, layer.spec.bits
+        n, k, bits = layer.out_features, layer.in_features, layer.bits
         return _reason(import_module(module).refuses(n, k, bits, layer.group_size, dtype))
 
     def pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-        zeros = None if layer.spec.symmetric else weight.zeros
+        zeros = None if layer.symmetric else weight.zeros
         packed = import_module(module).pack(weight.codes, weight.scales, zeros, layer.group_size, dtype)
         return list(packed.tensors())
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from llmq import environment
 from llmq.checkpoint import CONFIG, FOREIGN_WEIGHTS, INDEX, CheckpointReader
+from llmq.places import dense_linears
 from llmq.preflight import Job
 from llmq.report import REPORT, coverage
 from llmq.run import Run
 from llmq.writing import CheckpointWriter, Slot
+
+LEGACY_CONFIG = "quantize_config.json"  # where older tools look for the quantization_config of gptq
 
 
 def slots(job: Job) -> dict[str, Slot]:
@@ -94,19 +96,23 @@ def finish(run: Run, writer: CheckpointWriter) -> None:
         config["tie_word_embeddings"] = False
     report.transforms = run.rewriter.notes
     report.experts = coverage(report.layers)
-    writer.finish(config, {"quantize_config.json": quantization, REPORT: report.to_dict()}, copies)
+    legacy = {LEGACY_CONFIG: quantization} if quantization["quant_method"] == "gptq" else {}
+    writer.finish(config, {**legacy, REPORT: report.to_dict()}, copies)
 
 
 def quantization_config(job: Job, stage_names: list[list[str]]) -> dict[str, object]:
     """Return config.json's quantization_config: what the format says, which modules are packed, how they were made."""
     recipe = job.recipe
     made = {"quantizer": [f"llmq:{environment.versions()['llmq']}"], "method": recipe.method}
-    config = {**job.format.config(job.spec), "modules_in_block_to_quantize": stage_names}
-    if job.structure.ignored:  # for GPTQModel and vLLM; "-:" excludes
-        config["dynamic"] = {rf"-:^{re.escape(name)}(\..*)?$": {} for name in job.structure.ignored}
-    if "damp_percent" in job.solver.options:
-        config["damp_percent"] = recipe.damp_percent
-    return {**config, "true_sequential": job.solver.calibrated, "static_groups": True, "meta": made}
+    packed = {linear.name: job.spec for linear in job.linears}
+    dense = dict.fromkeys([*job.structure.ignored, *dense_linears(job.model.config, packed)])
+    config = {**job.format.config(packed, list(dense)), "meta": made}
+    if config["quant_method"] == "gptq":  # what its tools write
+        config |= {"modules_in_block_to_quantize": stage_names, "true_sequential": job.solver.calibrated}
+        config |= {"static_groups": True}
+        if "damp_percent" in job.solver.options:
+            config["damp_percent"] = recipe.damp_percent
+    return config
 
 
 def side_files(source: CheckpointReader) -> tuple[list[Path], list[str]]:

@@ -18,7 +18,7 @@ from llmq.calibration import Calibration
 from llmq.checkpoint import STAGING, CheckpointReader, resolve
 from llmq.errors import CalibrationError, CheckpointError, SolverError, SpecError
 from llmq.families import Linear, Structure, check_stages, find_structure, skeleton
-from llmq.formats import FORMATS, Format
+from llmq.formats import FORMATS, METHODS, Format
 from llmq.fp8 import open_checkpoint
 from llmq.grids import GRIDS
 from llmq.moe import Bank, left_dense, routers_of
@@ -248,7 +248,7 @@ def _check_dense(source: CheckpointReader) -> None:
     """Check that no tensor of the checkpoint has been quantized before."""
     configs = [source.config, source.config.get("text_config")]
     found = [c["quantization_config"] for c in configs if isinstance(c, dict) and c.get("quantization_config")]
-    packed = [key for key in source if key.endswith(".qweight")]
+    packed = [key for key in source for format in METHODS.values() if key.endswith(f".{format.marker}")]
     if found or packed:
         method = found[0].get("quant_method", "unknown") if found and isinstance(found[0], dict) else "unknown"
         seen = f"quant_method {method}" if found else f"tensor {packed[0]}"

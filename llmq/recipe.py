@@ -105,7 +105,10 @@ class Recipe(BaseModel):
     )
     seq_len: int = Field(512, ge=2, description="tokens per calibration window")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the choice of windows")
-    format: str = Field("gptq", description="packed layout: gptq (version 1 if symmetric, else 2) or gptq_v2")
+    format: str = Field(
+        "gptq",
+        description="packed layout: gptq (version 1 if symmetric, else 2), gptq_v2, awq (4 bits) or compressed-tensors",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the calibration forward pass; auto is the checkpoint's own"
     )

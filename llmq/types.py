@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -66,6 +67,7 @@ class QuantSpec:
     group_size: int  # columns per group; -1 means one group per row
     symmetric: bool
     format: str  # a name in llmq.formats.FORMATS
+    scale_dtype: torch.dtype = torch.float16  # of the scales in the file
 
     def group_columns(self, in_features: int) -> int:
         """Return the number of columns in one group of a layer with `in_features` inputs."""

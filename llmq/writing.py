@@ -25,7 +25,7 @@ from llmq.checkpoint import CONFIG, INDEX, SINGLE, STAGING
 from llmq.disk import disk_errors, replace_file, sync_path, write_file
 from llmq.errors import CheckpointError
 from llmq.lock import LOCK, FolderLock
-from llmq.shards import DTYPES, Entry, make_header, write_bytes, write_tensor
+from llmq.shards import DTYPES, Entry, HeaderError, make_header, read_tensor, write_bytes, write_tensor
 
 _FILES = "files"  # folder inside the staging folder with what will be the output, under its final names
 _MOVING = "moving.json"  # says which files are being moved up
@@ -150,6 +150,18 @@ class CheckpointWriter:
             write_tensor(self._handles[shard], tensor.detach(), offset)
         if last:
             self._unsynced.append(name)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor that was written.
+
+        Raises:
+            CheckpointError: the disk does not give it back.
+        """
+        shard, place = self._places[name]
+        try:
+            return read_tensor(self._handles[shard], place)
+        except (OSError, HeaderError) as error:
+            raise CheckpointError(f"{self.path}: tensor {name} cannot be read back: {error}") from error
 
     def sync(self) -> None:
         """Force what was written to the disk; when this returns, it survives a power failure.

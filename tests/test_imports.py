@@ -74,9 +74,10 @@ def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
     )
     spec = QuantSpec(4, 32, True, "gptq")
-    tensors = {}
+    tensors, specs = {}, {}
     for name, tensor in LlamaForCausalLM(config).state_dict().items():
         if name.endswith("_proj.weight"):
+            specs[name.removesuffix(".weight")] = spec
             packed = FORMATS["gptq"].pack(rtn(tensor, None, UniformGrid(4, True), 32).weight, spec)
             tensors |= {name.removesuffix("weight") + local: stored for local, stored in packed.items()}
         else:
@@ -85,7 +86,7 @@ def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     description = config.to_dict() | {
         "architectures": ["LlamaForCausalLM"],
-        "quantization_config": FORMATS["gptq"].config(spec),
+        "quantization_config": FORMATS["gptq"].config(specs, []),
     }
     (folder / "config.json").write_text(json.dumps(description), encoding="utf-8")
     return folder

@@ -216,9 +216,8 @@ def test_scales_that_a_kernel_rounds_are_saved_exactly(packed: Callable[..., Pat
 def test_operator_is_a_good_citizen(packed: Callable[..., Path]) -> None:
     layer = next(iter(layers(llmq.load(packed(), dtype=torch.float32)).values()))
     layer.prepare_(torch.float32)
-    spec = layer.spec
     x = torch.randn(2, 3, layer.in_features)
-    plain = (spec.bits, spec.group_size, spec.symmetric, spec.format, layer.out_features)
+    plain = layer.layer[:4]
     torch.library.opcheck(ops.quant_matmul, (x, layer._packed(), None, "reference", *plain))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
@@ -238,26 +237,33 @@ def reshape(tensors: dict[str, Any]) -> None:
 
 
 def stray(tensors: dict[str, Any]) -> None:
-    tensors["model.layers.7.self_attn.q_proj.qweight"] = torch.zeros(8, 64, dtype=torch.int32)
+    for key in [key for key in tensors if "layers.0.self_attn.q_proj." in key]:
+        tensors[key.replace("layers.0", "layers.7")] = tensors[key].clone()
 
 
 def act_order(tensors: dict[str, Any]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for key in [key for key in tensors if key.endswith("g_idx")]:
+        tensors[key] = tensors[key][torch.randperm(len(tensors[key]), generator=draw)]
+
+
+def uneven_groups(tensors: dict[str, Any]) -> None:
     key = next(key for key in tensors if key.endswith("g_idx"))
-    tensors[key] = tensors[key].flip(0)
+    tensors[key][0] = 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("qzeros"), r"packed tensor .*qzeros is missing"),
-        (drop("scales"), r"packed tensor .*scales is missing"),
-        (drop("q_proj.qweight"), r"(q_proj\.\w+ belongs to no linear layer|is missing)"),
+        (drop("qzeros"), r"proj: qzeros is missing"),
+        (drop("scales"), r"proj: scales is missing"),
+        (drop("q_proj.qweight"), r"q_proj\.\w+ is there, but no .*q_proj\.qweight"),
         (drop("input_layernorm.weight"), r"tensor .*input_layernorm.weight is missing"),
-        (reshape, r"o_proj.scales is torch.float16 \[64, 2\]; a layer of 64 outputs and 64 inputs at 4 bits"),
-        (stray, r"model.layers.7.self_attn.q_proj.qweight belongs to no linear layer"),
-        (act_order, r"g_idx assigns columns to groups out of order"),
+        (reshape, r"o_proj: scales is torch.float16 \[64, 2\]; a layer of 64 outputs and 64 inputs at 4 bits"),
+        (stray, r"model.layers.7.self_attn.q_proj belongs to no linear layer"),
+        (uneven_groups, r"proj: g_idx puts 3[13] of 128 columns into group"),
     ],
-    ids=["zeros", "scales", "codes", "norm", "shape", "stray", "act-order"],
+    ids=["zeros", "scales", "codes", "norm", "shape", "stray", "uneven groups"],
 )
 def test_damaged_packed_tensors_are_errors(broken: Callable[..., Path], change: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
@@ -296,6 +302,29 @@ def test_old_files_without_g_idx_load(broken: Callable[..., Path], packed: Calla
     ids = torch.ones(1, 4, dtype=torch.int64)
     with torch.no_grad():
         assert torch.equal(llmq.load(broken(change))(ids).logits, llmq.load(packed())(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_foreign_act_order_is_honoured_and_saved_again(broken: Callable[..., Path], dtype: torch.dtype) -> None:
+    folder = broken(act_order)
+    content = load_file(folder / "model.safetensors")
+    model = llmq.load(folder, dtype=dtype)
+    for name, layer in layers(model).items():
+        codes, zeros = (unpack_reference(content[f"{name}.{part}"], part) for part in ("qweight", "qzeros"))
+        g_idx, scales = content[f"{name}.g_idx"].long(), content[f"{name}.scales"].double()
+        weight = scales[g_idx] * (codes - (zeros[g_idx] + 1))  # [K, N], as the layout has it
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
+        assert_close_to_float64(layer(x), x.double() @ weight, layer.in_features)
+    saved = model.state_dict()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in content.items() if "proj" in key)
+
+
+def unpack_reference(words: torch.Tensor, part: str) -> torch.Tensor:
+    """Return the 4-bit fields of int32 `words`, float64, along dim 0 of qweight and dim 1 of qzeros."""
+    fields = torch.stack([(words.long() >> shift) & 15 for shift in range(0, 32, 4)], dim=-1).double()
+    if part == "qweight":
+        return fields.transpose(1, 2).reshape(-1, words.shape[1])
+    return fields.reshape(words.shape[0], -1)
 
 
 def test_disable_gives_transformers_its_own_loader_back() -> None:

@@ -17,6 +17,7 @@ from llmq import __version__
 from llmq.cli.ablate import ablate_command
 from llmq.cli.adapter import adapter_command
 from llmq.cli.collect import collect_command
+from llmq.cli.convert import convert_command
 from llmq.cli.eval import eval_command
 from llmq.cli.generate import generate_command
 from llmq.cli.inspect import inspect_command
@@ -95,6 +96,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "recipe": recipe_command,
     "eval": eval_command,
     "ablate": ablate_command,
+    "convert": convert_command,
     "inspect": inspect_command,
     "generate": generate_command,
     "adapter": adapter_command,

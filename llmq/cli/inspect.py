@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -15,21 +15,27 @@ from llmq.errors import CheckpointError
 
 if TYPE_CHECKING:
     from llmq.checkpoint import CheckpointReader
+    from llmq.packed import PackedCheckpoint
 
-_PACKED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_VERSIONS = {"gptq": 1, "gptq_v2": 2}
+
+@dataclass(frozen=True)
+class Kind:
+    """Packed layers that are alike."""
+
+    bits: int
+    group_size: int  # -1: one group per output
+    sym: bool
+    layers: int
 
 
 @dataclass(frozen=True)
 class Packed:
     """The quantized layers of a checkpoint."""
 
-    format: str  # quant_method in config.json
-    version: int  # of the gptq layout: 1 stores zero - 1, 2 stores zero
-    bits: int
-    group_size: int
-    sym: bool | None  # None where config.json does not say
-    desc_act: bool | None
+    method: str  # quant_method in config.json
+    format: str  # which layout of that method, a name in llmq.formats.FORMATS
+    kinds: tuple[Kind, ...]  # the most frequent first
+    desc_act: bool | None  # None where config.json does not say
     layers: int
     weights: int  # how many numbers the layers stand for
     bytes: int  # all tensors of the layers: codes, scales, zeros, group indices
@@ -79,16 +85,16 @@ def take_inventory(directory: str) -> Inventory:
     """
     from llmq.checkpoint import CheckpointReader, resolve
 
-    reader = CheckpointReader(resolve(directory))
+    path = resolve(directory)
+    reader = CheckpointReader(path)
+    packed = _opened(reader)
     names = reader.keys()
-    modules = sorted(name.removesuffix(".qweight") for name in names if name.endswith(".qweight"))
-    members = {f"{module}.{part}" for module in modules for part in _PACKED_PARTS}
-    dense = _group_dense(reader, [name for name in names if name not in members])
+    dense = _group_dense(reader, names if packed is None else packed.dense)
     files = {reader.info(name).file for name in names}
     return Inventory(
         path=str(reader.path),
         model_type=str(reader.config.get("model_type", "unknown")),
-        packed=_packed(reader, modules, members & set(names)),
+        packed=None if packed is None else _packed(packed),
         dense=dense,
         dense_bytes=sum(group.bytes for group in dense),
         total_bytes=sum(reader.info(name).nbytes for name in names),
@@ -96,54 +102,38 @@ def take_inventory(directory: str) -> Inventory:
     )
 
 
-def _packed(reader: CheckpointReader, modules: list[str], members: set[str]) -> Packed | None:
-    if reader.config.get("quantization_config") is None and not modules:
-        return None
-    config = _checked_config(reader, modules)
-    bits = config["bits"]
-    shapes = [reader.info(f"{module}.qweight").shape for module in modules]
-    weights = sum(rows * 32 // bits * columns for rows, columns in shapes)
-    size = sum(reader.info(name).nbytes for name in members)
+def _opened(reader: CheckpointReader) -> PackedCheckpoint | None:
+    """Return the folder of `reader` as a packed one, or None if nothing in it is quantized."""
+    from llmq.formats import METHODS
+    from llmq.packed import PackedCheckpoint
+
+    text = reader.config.get("text_config")
+    if any(isinstance(c, dict) and c.get("quantization_config") is not None for c in (reader.config, text)):
+        return PackedCheckpoint(reader.path)
+    markers = tuple(f".{format.marker}" for format in METHODS.values())
+    modules = [name for name in reader if name.endswith(markers)]
+    if modules:
+        raise CheckpointError(
+            f"{reader.path / 'config.json'}: quantization_config is missing, but {len(modules)} layers are packed, "
+            f"{modules[0].rpartition('.')[0]} for one"
+        )
+    return None
+
+
+def _packed(reader: PackedCheckpoint) -> Packed:
+    kinds = Counter((spec.bits, spec.group_size, spec.symmetric) for spec in reader.specs.values())
+    weights = sum(n * k for n, k in (layer.shape for layer in reader.layers.values()))
+    size = sum(reader.info(key).nbytes for layer in reader.layers.values() for key in layer.keys.values())
     return Packed(
-        format="gptq",
-        version=_VERSIONS[_layout(config)],
-        bits=bits,
-        group_size=config.get("group_size", -1),
-        sym=config.get("sym"),
-        desc_act=config.get("desc_act"),
-        layers=len(modules),
+        method=reader.quantization["quant_method"],
+        format=", ".join(sorted({spec.format for spec in reader.specs.values()})),
+        kinds=tuple(Kind(*kind, count) for kind, count in kinds.most_common()),
+        desc_act=reader.quantization.get("desc_act"),
+        layers=len(reader.layers),
         weights=weights,
         bytes=size,
         bits_per_weight=8 * size / weights,
     )
-
-
-def _checked_config(reader: CheckpointReader, modules: list[str]) -> dict[str, Any]:
-    """Return the quantization_config of the folder after checking that it fits the packed `modules`."""
-    where = f"{reader.path / 'config.json'}: quantization_config"
-    config = reader.config.get("quantization_config")
-    if config is None:
-        raise CheckpointError(f"{where} is missing, but {len(modules)} layers are packed, {modules[0]} for one")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{where} is not an object but {config!r}; the file is damaged")
-    method, layout, bits = config.get("quant_method"), _layout(config), config.get("bits")
-    if method != "gptq" or layout not in _VERSIONS:
-        raise CheckpointError(
-            f"{where} says {method!r}, format {layout!r}; llmq reads gptq in formats {', '.join(_VERSIONS)}"
-        )
-    if not isinstance(bits, int) or not 1 <= bits <= 32:
-        raise CheckpointError(f"{where} has bits {bits!r}; expected a number such as 4")
-    if not modules:
-        raise CheckpointError(f"{where} says gptq, but no tensor is named *.qweight; the folder is incomplete")
-    for module in modules:
-        shape = reader.info(f"{module}.qweight").shape
-        if len(shape) != 2 or 0 in shape:
-            raise CheckpointError(f"{reader.path}: {module}.qweight has shape {list(shape)}; expected two sizes")
-    return config
-
-
-def _layout(config: dict[str, Any]) -> str:
-    return str(config.get("checkpoint_format") or config.get("format") or "gptq")
 
 
 def _group_dense(reader: CheckpointReader, names: list[str]) -> tuple[Dense, ...]:
@@ -163,13 +153,12 @@ def _summary(found: Inventory) -> list[tuple[str, object]]:
     if packed is None:
         rows.append(("format", "dense, nothing is quantized"))
     else:
-        grid = {True: "symmetric", False: "asymmetric", None: "not stated"}[packed.sym]
         order = {True: "yes", False: "no", None: "not stated"}[packed.desc_act]
+        rows.append(
+            ("format", packed.format if packed.format == packed.method else f"{packed.method}, {packed.format}")
+        )
+        rows += [(f"{kind.bits} bits", _described(kind)) for kind in packed.kinds]
         rows += [
-            ("format", f"{packed.format}, version {packed.version}"),
-            ("bits", packed.bits),
-            ("group size", "-1 (one scale per output)" if packed.group_size == -1 else packed.group_size),
-            ("grid", grid),
             ("desc_act", order),
             ("packed layers", packed.layers),
             ("packed bytes", f"{packed.bytes} ({human_bytes(packed.bytes)})"),
@@ -180,6 +169,11 @@ def _summary(found: Inventory) -> list[tuple[str, object]]:
         ("dense bytes", f"{found.dense_bytes} ({human_bytes(found.dense_bytes)})"),
         ("total bytes", f"{found.total_bytes} ({human_bytes(found.total_bytes)})"),
     ]
+
+
+def _described(kind: Kind) -> str:
+    groups = "one scale per output" if kind.group_size == -1 else f"groups of {kind.group_size}"
+    return f"{groups}, {'symmetric' if kind.sym else 'asymmetric'}, {kind.layers} layers"
 
 
 def _dense_table(found: Inventory) -> Table:

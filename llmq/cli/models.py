@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmq.errors import CheckpointError, SpecError
+from llmq.recipe import parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 DTYPE_HELP = "Dtype of activations: float32, float16 or bfloat16."
 DEVICE_HELP = "Where to compute: cpu, cuda, cuda:1."
+
+
+def parse_bytes(option: str, size: str) -> int:
+    """Return the bytes that `option` was given as `size`, e.g. 4GB; raise SpecError if it is no size."""
+    try:
+        return parse_size(size)
+    except ValueError as error:
+        raise SpecError(f"{option} {size}: {error}") from error
 
 
 def parse_device(name: str) -> torch.device:

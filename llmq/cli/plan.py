@@ -10,11 +10,10 @@ import psutil
 import typer
 from rich.table import Table
 
-from llmq.cli.models import DEVICE_HELP, parse_device
+from llmq.cli.models import DEVICE_HELP, parse_bytes, parse_device
 from llmq.cli.options import takes_recipe
 from llmq.cli.tables import facts, human_bytes, show, show_json
-from llmq.errors import SpecError
-from llmq.recipe import Recipe, parse_size
+from llmq.recipe import Recipe
 
 if TYPE_CHECKING:
     from llmq.planning.plan import Plan
@@ -60,12 +59,7 @@ def plan_command(
 
 def parse_limit(size: str | None) -> int | None:
     """Return the bytes of ``--max-memory``; raise SpecError if it is no size."""
-    if size is None:
-        return None
-    try:
-        return parse_size(size)
-    except ValueError as error:
-        raise SpecError(f"--max-memory {size}: {error}") from error
+    return None if size is None else parse_bytes("--max-memory", size)
 
 
 def to_dict(plan: Plan) -> dict[str, object]:

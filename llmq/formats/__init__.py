@@ -6,43 +6,68 @@ loaders and puts it under the tests that every format must pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from llmq.formats import gptq
+from llmq.formats import awq, compressed_tensors, gptq
+from llmq.formats.stored import Header, Read, Stored, TensorLayout
 from llmq.types import QuantizedWeight, QuantSpec
 
-TensorLayout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+__all__ = ["FORMATS", "METHODS", "Format", "Header", "Read", "Stored", "TensorLayout"]
 
 
 class Format(Protocol):
     """What a module in this package provides."""
+
+    marker: str  # local name of the tensor that every packed layer has: its codes
+    parts: tuple[str, ...]  # local names that packed layers may have; no dense layer has the marker
+    optional: tuple[str, ...]  # those that a file may lack
 
     def refuses(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
         """Return why a layer of this size cannot be stored, or None if it can."""
         ...
 
     def layout(self, spec: QuantSpec, out_features: int, in_features: int) -> TensorLayout:
-        """Return shape and dtype of each stored tensor by its local name."""
+        """Return shape and dtype of each tensor that `pack` makes of columns in order, by its local name."""
         ...
 
-    def pack(self, weight: QuantizedWeight, spec: QuantSpec) -> dict[str, Tensor]:
-        """Return the stored tensors by their local names."""
+    def recognize(self, spec: QuantSpec, header: Header, read: Read) -> Stored:
+        """Return the layer that a file with the tensors in `header` holds; small ones may have to be read."""
+        ...
+
+    def pack(self, weight: QuantizedWeight, spec: QuantSpec, columns: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the stored tensors by their local names; `columns` as below, of a weight from a foreign file."""
         ...
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QuantizedWeight:
-        """Return the weight that stored `tensors` hold; the inverse of `pack`."""
+        """Return the weight that stored `tensors` hold, its columns sorted by group; the inverse of `pack`."""
         ...
 
-    def config(self, spec: QuantSpec) -> dict[str, object]:
-        """Return the part of config.json's quantization_config that follows from `spec`."""
+    def columns(self, tensors: Mapping[str, Tensor], spec: QuantSpec) -> Tensor | None:
+        """Return int64 [K], which input each column of the unpacked weight belongs to; None: they are in order."""
+        ...
+
+    def config(self, specs: Mapping[str, QuantSpec], dense: Sequence[str]) -> dict[str, object]:
+        """Return config.json's quantization_config for these packed modules, and linears that stay dense."""
+        ...
+
+    def specs(self, config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, QuantSpec]:
+        """Return what the quantization_config `config` says of each of the packed `modules`."""
         ...
 
 
 FORMATS: dict[str, Format] = {
     "gptq": gptq,  # v1: stored zero = zero - 1
     "gptq_v2": gptq,  # v2: stored zero = zero
+    "awq": awq,
+    "compressed-tensors": compressed_tensors,  # one stream of bits, as since version 0.17
+    "compressed-tensors-padded": compressed_tensors,  # whole codes per word, as before
+}
+
+METHODS: dict[str, Format] = {  # by quant_method in config.json
+    "gptq": gptq,
+    "awq": awq,
+    "compressed-tensors": compressed_tensors,
 }

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llmq.cli.inspect import inspect_command
 from llmq.errors import CheckpointError
@@ -18,7 +18,7 @@ def packed_linear(name: str, n: int, k: int, bits: int, group_size: int) -> dict
         f"{name}.qweight": torch.zeros(k * bits // 32, n, dtype=torch.int32),
         f"{name}.qzeros": torch.zeros(k // group_size, n * bits // 32, dtype=torch.int32),
         f"{name}.scales": torch.zeros(k // group_size, n, dtype=torch.float16),
-        f"{name}.g_idx": torch.zeros(k, dtype=torch.int32),
+        f"{name}.g_idx": torch.arange(k, dtype=torch.int32) // group_size,
     }
 
 
@@ -62,7 +62,7 @@ def test_packed_bytes_count_codes_scales_zeros_and_indices(
     groups = weights // 32
     # codes, zeros, float16 scales, int32 indices of 128 + 64 inputs in each block
     size = (weights * bits + groups * bits + groups * 16 + LAYERS * 192 * 32) // 8
-    assert packed["bits"] == bits
+    assert packed["kinds"] == [{"bits": bits, "group_size": 32, "sym": True, "layers": 2 * LAYERS}]
     assert packed["layers"] == 2 * LAYERS
     assert packed["weights"] == weights
     assert packed["bytes"] == size
@@ -93,21 +93,30 @@ def test_dense_tensors_are_folded_over_blocks_largest_first(
     ]
 
 
-@pytest.mark.parametrize(("layout", "version"), [("gptq", 1), ("gptq_v2", 2)])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 def test_version_is_that_of_the_checkpoint_format(
-    invoke: Callable[..., Any], make_packed: Callable[..., Path], layout: str, version: int
+    invoke: Callable[..., Any], make_packed: Callable[..., Path], layout: str
 ) -> None:
     result = invoke(inspect_command, make_packed(checkpoint_format=layout), "--json")
-    assert json.loads(result.stdout)["packed"]["version"] == version
+    assert json.loads(result.stdout)["packed"]["format"] == layout
+
+
+def test_layers_of_other_bits_are_listed_apart(invoke: Callable[..., Any], make_packed: Callable[..., Path]) -> None:
+    folder = make_packed(dynamic={r"+:.*q_proj$": {"bits": 8}})
+    tensors = load_file(folder / "model.safetensors")
+    for i in range(LAYERS):
+        tensors |= packed_linear(f"model.layers.{i}.self_attn.q_proj", 64, 64, 8, 32)
+    save_file(tensors, folder / "model.safetensors")
+    lines = [" ".join(line.split()) for line in invoke(inspect_command, folder).stdout.splitlines()]
+    assert "4 bits groups of 32, symmetric, 3 layers" in lines
+    assert "8 bits groups of 32, symmetric, 3 layers" in lines
 
 
 def test_table_shows_what_a_person_asks_for(invoke: Callable[..., Any], make_packed: Callable[..., Path]) -> None:
-    shown = invoke(inspect_command, make_packed(sym=False, group_size=-1)).stdout
+    shown = invoke(inspect_command, make_packed(sym=False)).stdout
     lines = [" ".join(line.split()) for line in shown.splitlines()]
-    assert "format gptq, version 1" in lines
-    assert "bits 4" in lines
-    assert "group size -1 (one scale per output)" in lines
-    assert "grid asymmetric" in lines
+    assert "format gptq" in lines
+    assert "4 bits groups of 32, asymmetric, 6 layers" in lines
     assert "desc_act no" in lines
     assert "packed layers 6" in lines
     assert "model.layers.*.input_layernorm.weight 3 64 bfloat16 384 B" in lines
@@ -135,9 +144,9 @@ def test_no_tensor_is_read(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quant_method": "awq"}, "says 'awq', format 'gptq'; llmq reads gptq in formats gptq, gptq_v2"),
-        ({"checkpoint_format": "marlin"}, "says 'gptq', format 'marlin'"),
-        ({"bits": "four"}, "has bits 'four'; expected a number such as 4"),
+        ({"quant_method": "hqq"}, "says 'hqq'; llmq reads gptq"),
+        ({"checkpoint_format": "marlin"}, "unknown checkpoint_format 'marlin'"),
+        ({"bits": "four"}, "bits is 'four'; llmq reads"),
     ],
     ids=["method", "format", "bits"],
 )

@@ -9,15 +9,17 @@ LLAMA = {
     "mlp.down_proj": (4096, 14336),
 }  # fmt: skip
 OPTIMUM, VLLM, GPTQMODEL = "transformers with optimum and gptqmodel", "vLLM 0.33", "GPTQModel 7.7"
+CT, LLAMA_CPP = "transformers with compressed-tensors", "llama.cpp"
 
 
 def result(
-    bits: int = 4, *, group: int = 128, sym: bool = True, dense: tuple[str, ...] = (), **shapes: object
-) -> Result:
+    bits: int = 4, format: str = "gptq", *, group: int = 128, sym: bool = True, dense: tuple[str, ...] = (),
+    **shapes: object,
+) -> Result:  # fmt: skip
     packed = {f"model.layers.{i}.{name}": shape for i in (0, 1) for name, shape in LLAMA.items()}
     packed |= {f"model.layers.0.{name.replace('__', '.')}": shape for name, shape in shapes.items()}  # type: ignore[misc]
     left = {name: shape for name, shape in packed.items() if name not in dense}
-    spec = QuantSpec(bits, group, sym, "gptq" if sym else "gptq_v2")
+    spec = QuantSpec(bits, group, sym, format if sym or format != "gptq" else "gptq_v2")
     return Result(spec, left, frozenset(dense), head_width=128)
 
 
@@ -25,9 +27,9 @@ def said(of: Result) -> dict[str, Verdict]:
     return {verdict.engine: verdict for verdict in verdicts(of)}
 
 
-def test_four_bits_symmetric_is_taken_by_all_on_any_ranks() -> None:
+def test_four_bits_symmetric_is_taken_by_all_that_read_the_format_on_any_ranks() -> None:
     found = said(result())
-    assert all(verdict.accepted for verdict in found.values())
+    assert {name for name, verdict in found.items() if not verdict.accepted} == {CT}
     assert dict(found[VLLM].ranks) == {1: None, 2: None, 4: None, 8: None}
     assert "tensor-parallel 1, 2, 4, 8" in found[VLLM].line()
 
@@ -36,9 +38,18 @@ def test_four_bits_symmetric_is_taken_by_all_on_any_ranks() -> None:
     ("of", "refusing", "word"),
     [
         (result(2), {VLLM}, "2 bits"),
-        (result(3), {VLLM, "llama.cpp"}, "3 bits"),
+        (result(3), {VLLM, LLAMA_CPP}, "3 bits"),
         (result(8), set(), ""),
         (result(sym=False), {VLLM}, "zero points"),
+        (result(format="awq"), {LLAMA_CPP}, "format awq"),
+        (result(format="awq", sym=False), {LLAMA_CPP}, "format awq"),
+        (result(3, "compressed-tensors"), {OPTIMUM, GPTQMODEL, LLAMA_CPP}, "format compressed-tensors"),
+        (result(4, "compressed-tensors", sym=False), {OPTIMUM, GPTQMODEL, LLAMA_CPP}, "format compressed-tensors"),
+        (
+            result(4, "compressed-tensors", sym=False, mlp__experts__3__up_proj=(1024, 1024)),
+            {OPTIMUM, GPTQMODEL, LLAMA_CPP, CT},
+            "",
+        ),
         (result(dense=("model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj")), {VLLM}, "v_proj"),
         (result(dense=("model.layers.0.mlp.down_proj",)), {OPTIMUM}, "model.layers.0.mlp.down_proj"),
         (result(mlp__experts__3__up_proj=(1024, 1024)), {OPTIMUM}, "mlp.experts.3.up_proj"),
@@ -47,7 +58,9 @@ def test_four_bits_symmetric_is_taken_by_all_on_any_ranks() -> None:
 )  # fmt: skip
 def test_every_clash_is_named(of: Result, refusing: set[str], word: str) -> None:
     found = said(of)
+    refusing = refusing if of.spec.format == "compressed-tensors" else refusing | {CT}
     assert {name for name, verdict in found.items() if not verdict.accepted} == refusing
+    refusing = refusing - {CT}
     for name in refusing:
         assert word in found[name].line()
 
@@ -83,4 +96,4 @@ def test_ranks_get_whole_groups_and_words(
 def test_a_refused_layout_says_nothing_of_ranks() -> None:
     verdict = said(result(2))[VLLM]
     assert not verdict.ranks
-    assert verdict.line() == "vLLM 0.33: no: 2 bits, it takes 4, 8"
+    assert verdict.line() == "vLLM 0.33: no: 2 bits, of gptq it takes 4, 8"

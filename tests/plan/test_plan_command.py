@@ -75,7 +75,7 @@ def test_a_clash_is_named_before_work_starts(folder: Path, slow: Path) -> None:
     plan = planned(folder, slow, "--bits", 2)
     (vllm,) = [engine for engine in plan["engines"] if engine["engine"].startswith("vLLM")]  # type: ignore[attr-defined]
     assert not vllm["accepted"]
-    assert vllm["clashes"] == ["2 bits, it takes 4, 8"]
+    assert vllm["clashes"] == ["2 bits, of gptq it takes 4, 8"]
 
 
 @pytest.mark.parametrize(("size", "word"), [("1MB", "needs at least"), ("much", "is not a size")])

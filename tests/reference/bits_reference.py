@@ -1,4 +1,4 @@
-"""Bit streams and the GPTQ layout, read and written one bit or one integer at a time (FORMATS 1 and 1.1)."""
+"""Bit streams and packed layouts, read and written one bit or one integer at a time (FORMATS 1)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ def pack_bit_by_bit(codes: list[int], bits: int) -> list[int]:
             if code >> i & 1:
                 words[(bits * j + i) // 32] |= 1 << (bits * j + i) % 32
     return [signed(word) for word in words]
+
+
+def pack_word_by_word(codes: list[int], bits: int) -> list[int]:
+    """Return signed 32-bit words of ``32 // bits`` whole codes each, the first of them in the lowest bits."""
+    each = 32 // bits
+    return [
+        signed(sum(code * 2 ** (bits * i) for i, code in enumerate(codes[start : start + each])))
+        for start in range(0, len(codes), each)
+    ]
 
 
 def unpack_stream(words: list[int], bits: int) -> list[int]:
@@ -51,5 +60,54 @@ def read_gptq(
     zeros = [list(per_output) for per_output in zip(*by_group, strict=True)]
     weights = [
         [scales[g][o] * (code - zeros[o][g]) for code, g in zip(row, g_idx, strict=True)] for o, row in enumerate(codes)
+    ]
+    return codes, zeros, weights
+
+
+def read_awq(tensors: dict[str, Tensor]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return (codes [O][I], zeros [O][G]) of a stored layer: nibble j holds column ``base + [0,2,4,6,1,3,5,7][j]``."""
+
+    def by_output(words: Tensor) -> list[list[int]]:
+        columns = [[0] * words.shape[0] for _ in range(8 * words.shape[1])]
+        for i, row in enumerate(words.tolist()):
+            for base, word in enumerate(row):
+                for j, output in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                    columns[8 * base + output][i] = (word % 2**32) // 16**j % 16
+        return columns
+
+    return by_output(tensors["qweight"]), by_output(tensors["qzeros"])
+
+
+def read_compressed(
+    tensors: dict[str, Tensor], bits: int, group_size: int, padded: bool
+) -> tuple[list[list[int]], list[list[int]] | None, list[list[float]]]:
+    """Return (signed codes [O][I], signed zeros [O][G] or None, weights [O][I]) of a stored layer.
+
+    ``W[o][i] = (q[o][i] - zero[o][i // group_size]) * scale[o][i // group_size]``; 2^(bits-1) is added to what is
+    packed.
+    """
+
+    def signed_codes(words: list[int], count: int) -> list[int]:
+        if padded:
+            each = 32 // bits
+            stored = [(word % 2**32) // 2 ** (bits * i) % 2**bits for word in words for i in range(each)]
+        else:
+            stream = sum((word % 2**32) << 32 * i for i, word in enumerate(words))
+            stored = [stream >> bits * j & (2**bits - 1) for j in range(count)]
+        return [code - 2 ** (bits - 1) for code in stored[:count]]
+
+    outputs, inputs = tensors["weight_shape"].tolist()
+    scales = tensors["weight_scale"].double().tolist()
+    codes = [signed_codes(row, inputs) for row in tensors["weight_packed"].tolist()]
+    zeros = None
+    if "weight_zero_point" in tensors:
+        by_group = [signed_codes(column, outputs) for column in tensors["weight_zero_point"].T.tolist()]
+        zeros = [list(per_output) for per_output in zip(*by_group, strict=True)]
+    weights = [
+        [
+            (code - (0 if zeros is None else zeros[o][i // group_size])) * scales[o][i // group_size]
+            for i, code in enumerate(row)
+        ]
+        for o, row in enumerate(codes)
     ]
     return codes, zeros, weights
