@@ -87,12 +87,30 @@ def disable() -> None:
         lora.disable()
 
 
+def reads(config: dict[str, Any]) -> bool:
+    """Return whether llmq loads folders with this quantization_config; those of gptq are never left to others."""
+    method = config["quant_method"]
+    try:
+        METHODS[method].specs(config, [])
+    except CheckpointError:
+        return bool(method == "gptq")
+    return True
+
+
 class StoredConfig(QuantizationConfigMixin):
     """A quantization_config exactly as the file has it, so that saving writes back what was read."""
 
     def __init__(self, **stored: Any) -> None:
         self.quant_method = stored["quant_method"]
         self.stored = stored
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Return the configuration that config.json has: one of this class, or transformers' own for other layouts."""
+        if reads(config_dict):
+            return cls(**config_dict)
+        own = _PREVIOUS[config_dict["quant_method"]][0]
+        return own.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json gets."""
@@ -108,11 +126,16 @@ class PackedQuantizer(HfQuantizer):
 
     quantization_config: StoredConfig
 
+    def __new__(cls, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> Any:
+        """Return a loader of packed folders, or transformers' own quantizer for all that is none."""
+        if isinstance(quantization_config, StoredConfig):
+            return super().__new__(cls)
+        method = quantization_config.quant_method
+        return _PREVIOUS[getattr(method, "value", method)][1](quantization_config, **kwargs)
+
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._banks: dict[str, Bank] = {}  # of experts that are packed
-        if not self.pre_quantized:
-            raise SpecError("llmq.hf loads packed checkpoints; make one with `llmq quantize`, or call disable() first")
 
     @property
     def is_trainable(self) -> bool:

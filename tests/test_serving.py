@@ -20,7 +20,7 @@ import llmq.hf
 from llmq import ops
 from llmq.calibration import Calibration
 from llmq.driver import quantize
-from llmq.errors import CheckpointError, SpecError
+from llmq.errors import CheckpointError
 from llmq.nn import QuantLinear
 from llmq.recipe import Recipe
 
@@ -338,6 +338,35 @@ def test_disable_gives_transformers_its_own_loader_back() -> None:
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is llmq.hf.PackedQuantizer
 
 
-def test_quantizing_while_loading_is_refused(dense: Path) -> None:
-    with pytest.raises(SpecError, match="llmq quantize"):
+class Own:
+    """Stands for what transformers would do by itself."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("transformers' own quantizer")
+
+    @classmethod
+    def from_dict(cls, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("transformers' own configuration")
+
+
+def test_quantizing_while_loading_is_left_to_transformers(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(llmq.hf._PREVIOUS, "gptq", (GPTQConfig, Own))
+    with pytest.raises(NotImplementedError, match="own quantizer"):
         AutoModelForCausalLM.from_pretrained(dense, quantization_config=GPTQConfig(bits=4, dataset="c4"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quant_method": "awq", "version": "gemv", "zero_point": True},
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}},
+    ],
+    ids=["awq gemv", "compressed-tensors fp8"],
+)
+def test_layouts_that_llmq_does_not_read_are_left_to_transformers(
+    broken: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    folder = broken(**changes)
+    monkeypatch.setitem(llmq.hf._PREVIOUS, changes["quant_method"], (Own, Own))
+    with pytest.raises(NotImplementedError, match="own configuration"):
+        AutoModelForCausalLM.from_pretrained(folder)

@@ -148,7 +148,7 @@ def test_no_usable_tokenizer(damage: str, model: Path, fails: Callable[..., None
 def test_too_many_layers_without_a_usable_hessian(
     made: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr(sys.modules["llmq.solvers.sweep"], "factorize", lambda h, damp_percent: None)
+    monkeypatch.setattr(sys.modules["llmq.solvers.sweep"], "factorize", lambda *_: None)
     fails(made / "model", words=("14 of 14", "Hessian", "max_fallback"))
 
 

@@ -170,7 +170,7 @@ def test_unusable_hessians_end_the_run_unless_the_recipe_allows_them(
 ) -> None:
     module = sys.modules["llmq.solvers.sweep"]
     real = module.factorize
-    monkeypatch.setattr(module, "factorize", lambda h, damp: real(h, damp) if h.shape[0] == 64 else None)  # down_proj
+    monkeypatch.setattr(module, "factorize", lambda h, *rest: real(h, *rest) if h.shape[0] == 64 else None)  # down_proj
     options = (*SMALL, "--calibration", made / "text.txt")
     result = llmq("quantize", made / "model", "--output", tmp_path / "out", *options)
     words = ("2 of 14 layers", "model.layers.0.mlp.down_proj", "max_fallback")
