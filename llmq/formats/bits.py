@@ -31,6 +31,8 @@ def pack(codes: Tensor, bits: int, *, padded: bool = False) -> Tensor:
     count = codes.shape[-1]
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise SpecError(f"code {int(codes.max())} needs more than {bits} bits")
+    if 8 % bits == 0:
+        return _pack_bytes(codes, bits)
     block, size = _block(bits, padded)
     blocks = -(-count // block)
     lanes = pad(codes, (0, blocks * block - count)).reshape(*codes.shape[:-1], blocks, block).long()
@@ -54,6 +56,8 @@ def unpack(words: Tensor, bits: int, count: int, *, padded: bool = False) -> Ten
     """
     if words.shape[-1] != word_count(count, bits, padded=padded):
         raise SpecError(f"{words.shape[-1]} words do not hold {count} codes of {bits} bits")
+    if 8 % bits == 0:
+        return _unpack_bytes(words, bits, count)
     block, size = _block(bits, padded)
     blocks = -(-count // block)
     packed = pad(words, (0, blocks * size - words.shape[-1])).reshape(*words.shape[:-1], blocks, size)
@@ -66,6 +70,25 @@ def unpack(words: Tensor, bits: int, count: int, *, padded: bool = False) -> Ten
             code |= packed[..., word + 1] << (WORD - shift)
         lanes[..., lane] = (code & (2**bits - 1)).to(torch.uint8)
     return lanes.reshape(*words.shape[:-1], blocks * block)[..., :count].contiguous()
+
+
+def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Do what `pack` does where every byte holds whole codes: many times faster."""
+    share = 8 // bits
+    whole = pad(codes, (0, -codes.shape[-1] % (WORD // bits)))
+    lanes = whole.reshape(*codes.shape[:-1], whole.shape[-1] // share, share)
+    found = lanes[..., 0].clone(memory_format=torch.contiguous_format)
+    for lane in range(1, share):
+        found |= lanes[..., lane] << (lane * bits)
+    return found.view(torch.int32)
+
+
+def _unpack_bytes(words: Tensor, bits: int, count: int) -> Tensor:
+    """Do what `unpack` does where every byte holds whole codes."""
+    found = words.contiguous().view(torch.uint8)
+    if bits < 8:
+        found = torch.stack([(found >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1).flatten(-2)
+    return found[..., :count].contiguous()
 
 
 def _block(bits: int, padded: bool) -> tuple[int, int]:
