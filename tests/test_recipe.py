@@ -125,7 +125,7 @@ def test_group_sizes_that_mean_nothing_are_refused_before_the_model_is_looked_fo
     ("field", "value", "message"),
     [
         ("method", "magic", "unknown method 'magic'; there are gptq, .*, rtn$"),
-        ("format", "awq", "unknown format 'awq'; there are gptq, gptq_v2"),
+        ("format", "exl3", "unknown format 'exl3'; there are gptq, gptq_v2, awq"),
         ("bits", 5, "2, 3, 4, 8 bits, not 5"),
     ],
 )
