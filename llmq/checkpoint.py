@@ -6,7 +6,6 @@ opened, not hours later. A folder without config.json is not a checkpoint: `llmq
 
 from __future__ import annotations
 
-import json
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import CheckpointError
-from llmq.shards import DtypeError, Entry, HeaderError, read_header, read_tensor
+from llmq.shards import LARGEST_JSON, DtypeError, Entry, HeaderError, parse_json, read_header, read_tensor
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -58,7 +57,7 @@ class CheckpointReader:
             if unfinished:
                 hint = "it holds an unfinished run: repeat its command to finish it"
             raise CheckpointError(f"{self.path}: not a checkpoint, it has no {CONFIG}; {hint}")
-        self.config: dict[str, Any] = _read_json(self.path / CONFIG)
+        self.config: dict[str, Any] = read_json(self.path / CONFIG)
         self._handles: dict[str, int] = {}
         self.close = weakref.finalize(self, _close, self._handles)
         self._infos: dict[str, TensorInfo] = {}
@@ -128,9 +127,11 @@ class CheckpointReader:
             names = sorted(p.name for p in self.path.glob("*.safetensors"))
         for name in names:
             if Path(name).name != name:
-                raise CheckpointError(f"{self.path / INDEX}: shard {name!r} is not a plain file name")
-            if not (self.path / name).is_file():
-                raise CheckpointError(f"{self.path / INDEX} names shard {name}, which is missing; download it again")
+                raise CheckpointError(f"{self.path / INDEX}: shard {name[:200]!r} is not a plain file name")
+            if not _is_file(self.path / name):
+                raise CheckpointError(
+                    f"{self.path / INDEX} names shard {name[:200]!r}, which is missing; download it again"
+                )
         if not names:
             foreign = sorted(p.name for p in self.path.iterdir() if p.suffix in FOREIGN_WEIGHTS)
             found = f" (found {foreign[0]}; convert it with save_pretrained)" if foreign else ""
@@ -138,7 +139,7 @@ class CheckpointReader:
         return names
 
     def _weight_map(self) -> dict[str, str]:
-        weight_map = _read_json(self.path / INDEX).get("weight_map")
+        weight_map = read_json(self.path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{self.path / INDEX}: has no weight_map of tensor names to files")
         return weight_map
@@ -239,9 +240,23 @@ def _add(found: dict[str, TensorInfo], file: str, entries: dict[str, Entry]) -> 
         found[key] = TensorInfo(entry.shape, entry.dtype, file, entry.nbytes, entry.offset)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _is_file(path: Path) -> bool:
+    """Whether there is a file of that name, which may be none that a file can have."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        CheckpointError: it holds something else, or is too large for what it is.
+    """
+    try:
+        with path.open("rb") as file:
+            content = parse_json(file.read(LARGEST_JSON + 1))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

@@ -55,6 +55,9 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk does not take it.
     """
+    if path.exists() and not path.is_file():  # a device or a pipe is written to, not replaced
+        path.write_bytes(content)
+        return
     new = path.with_name(f"{path.name}.new")
     write_file(new, content)
     os.replace(new, path)

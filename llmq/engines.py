@@ -180,7 +180,7 @@ ENGINES = (
     Engine(
         "transformers with compressed-tensors",
         (
-            _takes({"compressed-tensors": _ALL}),  # 3 bits from 0.17 on, as a stream (FORMATS 1.3)
+            _takes({"compressed-tensors": _ALL}),  # 3 bits from 0.18 on, as a stream (docs/formats.md)
             _symmetric_experts,  # with zero points they fail (FORMATS 1.5, ran)
         ),
         note="weights are dense after the first forward pass; zero points fail to load with some versions of "

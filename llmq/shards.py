@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 _PREFIX = 8  # bytes that hold the header's length
-_LARGEST_HEADER = 100_000_000  # bytes; other readers refuse more
+LARGEST_JSON = 64 * 2**20  # bytes of a header or another JSON file of a checkpoint
+_MOST_OBJECTS = 10**6  # and lists in it, three to a tensor; each takes twenty times its bytes once it is parsed
+_LARGEST_SIZE = 2**63  # bytes and numbers that torch can count
+_MOST_DIMENSIONS = 64
 _METADATA = "__metadata__"
 _PIECE = 64 * 2**20  # bytes of a tensor that are copied at a time
 _OWN_PAGES = 2**20  # bytes from which a tensor gets memory straight from the system
@@ -78,11 +81,11 @@ def read_header(handle: int) -> dict[str, Entry]:
     if size < _PREFIX:
         raise HeaderError(f"{size} bytes are no safetensors file")
     length = int.from_bytes(_read(handle, 0, _PREFIX), "little")
-    if length > min(_LARGEST_HEADER, size - _PREFIX):
+    if length > min(LARGEST_JSON, size - _PREFIX):
         raise HeaderError(f"a header of {length} bytes in a file of {size}")
     try:
-        content = json.loads(_read(handle, _PREFIX, length).decode("utf-8"), object_pairs_hook=_no_pair_twice)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(_read(handle, _PREFIX, length), _no_pair_twice)
+    except ValueError as error:
         raise HeaderError(f"its header is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise HeaderError("its header is not a JSON object")
@@ -175,6 +178,22 @@ def write_bytes(handle: int, content: bytes | memoryview, offset: int) -> None:
     _transfer(lambda part, at: os.pwrite(handle, part, at), memoryview(content), offset)
 
 
+def parse_json(content: bytes, pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None) -> Any:
+    """Return what a JSON text of anybody says; objects are made by `pairs`, if given.
+
+    Raises:
+        ValueError: it is not JSON, or would take more than a GB of memory or too deep a stack.
+    """
+    if len(content) > LARGEST_JSON:
+        raise ValueError(f"it has {len(content)} bytes, more than {LARGEST_JSON}")
+    if (count := content.count(b"[") + content.count(b"{")) > _MOST_OBJECTS:
+        raise ValueError(f"it has {count} lists and objects, more than {_MOST_OBJECTS}")
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=pairs)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the bytes of a tensor in order (uint8, contiguous, on the CPU), at most `_PIECE` of them copied."""
     if tensor.nbytes <= _PIECE or (tensor.is_contiguous() and tensor.device.type == "cpu"):
@@ -221,22 +240,34 @@ def _no_pair_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, value: Any, start: int) -> Entry:
     """Return what a header says of one tensor; `start` is the first byte after the header."""
+    if not name.isascii() and name.encode("utf-8", "ignore").decode() != name:
+        raise HeaderError(f"a tensor is called {_shortened(ascii(name))}")
     try:
         code, shape, (begin, end) = str(value["dtype"]), tuple(value["shape"]), value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise HeaderError(f"its header does not describe tensor {name}") from error
+        raise HeaderError(f"its header does not describe tensor {_shortened(name)}") from error
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-        raise HeaderError(f"tensor {name} has shape {list(shape)} at bytes {begin} to {end}")
+        raise HeaderError(
+            f"tensor {_shortened(name)} has shape {_shortened(str(shape))} at bytes {_shortened(f'{begin} to {end}')}"
+        )
     if code not in DTYPES:
-        raise DtypeError(f"tensor {name} has dtype {code}, which torch {torch.__version__} cannot read")
+        raise DtypeError(
+            f"tensor {_shortened(name)} has dtype {_shortened(code)}, which torch {torch.__version__} cannot read"
+        )
     if code == _PACKED:
         if not shape or shape[-1] % 2:
             raise HeaderError(f"tensor {name} has shape {list(shape)}, but pairs of numbers in a byte")
         shape = (*shape[:-1], shape[-1] // 2)
+    if len(shape) > _MOST_DIMENSIONS or math.prod(max(1, size) for size in shape) * 8 >= _LARGEST_SIZE:
+        raise HeaderError(f"tensor {_shortened(name)} has {len(shape)} dimensions, too many or too large")
     nbytes = math.prod(shape) * DTYPES[code].itemsize
     if end - begin != nbytes:
         raise HeaderError(f"tensor {name} needs {nbytes} bytes and has {end - begin}")
     return Entry(shape, DTYPES[code], nbytes, start + begin)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _check_dense(entries: Mapping[str, Entry], start: int, size: int) -> None:

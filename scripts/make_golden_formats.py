@@ -91,7 +91,7 @@ def compressed_tensors() -> dict[str, Tensor]:
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    padded = tuple(map(int, version("compressed-tensors").split(".")[:2])) < (0, 17)
+    padded = tuple(map(int, version("compressed-tensors").split(".")[:2])) < (0, 18)
     found = {}
     for bits in range(2, 9):
         for symmetric in (True, False):

@@ -24,6 +24,7 @@ from llmq.cli.inspect import inspect_command
 from llmq.cli.plan import plan_command
 from llmq.cli.quantize import quantize_command
 from llmq.cli.recipe import recipe_command
+from llmq.cli.verify import verify_command
 from llmq.errors import LlmqError
 from llmq.joining import first_speaks, world_here
 
@@ -97,6 +98,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": eval_command,
     "ablate": ablate_command,
     "convert": convert_command,
+    "verify": verify_command,
     "inspect": inspect_command,
     "generate": generate_command,
     "adapter": adapter_command,

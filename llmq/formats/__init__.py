@@ -62,7 +62,7 @@ FORMATS: dict[str, Format] = {
     "gptq": gptq,  # v1: stored zero = zero - 1
     "gptq_v2": gptq,  # v2: stored zero = zero
     "awq": awq,
-    "compressed-tensors": compressed_tensors,  # one stream of bits, as since version 0.17
+    "compressed-tensors": compressed_tensors,  # one stream of bits, as since version 0.18
     "compressed-tensors-padded": compressed_tensors,  # whole codes per word, as before
 }
 

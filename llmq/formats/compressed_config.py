@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llmq.errors import CheckpointError, SpecError
-from llmq.formats.naming import compiled, patterns
+from llmq.formats.naming import compiled, matches, patterns
 from llmq.formats.stored import setting, shown
 from llmq.types import QuantSpec
 
 BITS = range(2, 9)
 STREAM, PADDED = "compressed-tensors", "compressed-tensors-padded"
 _LAYOUT = "pack-quantized"
-_FIRST_STREAM = (0, 17)  # version of the library that packs one stream
-_VERSIONS = {STREAM: "0.17.0", PADDED: "0.16.0"}  # written: one that reads what was packed
+_FIRST_STREAM = (0, 18)  # version of the library that packs one stream; 0.17.0 and 0.17.1 still pad (ran)
+_VERSIONS = {STREAM: "0.18.0", PADDED: "0.17.0"}  # written: one that reads what was packed
 
 
 def config(specs: Mapping[str, QuantSpec], dense: Sequence[str]) -> dict[str, object]:
@@ -102,7 +102,7 @@ class _Target(NamedTuple):
 
     def covers(self, module: str) -> bool:
         """Whether a pattern or class is for a packed module; every one is taken for a linear layer."""
-        return self.pattern is None or self.pattern.match(module) is not None
+        return self.pattern is None or matches(self.pattern, module)
 
 
 def _check_whole(config: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ Per layer of N outputs and K inputs with G groups per row:
 
 The library counts codes and zeros from -2^(bits-1) and packs them with that much added: what is stored are our codes.
 
-Two arrangements of the bits share that name. Since version 0.17 they are one stream, W = ⌈K·bits/32⌉; before, a word
+Two arrangements of the bits share that name. Since version 0.18 they are one stream, W = ⌈K·bits/32⌉; before, a word
 held 32 // bits codes. For 2, 4 and 8 bits that is the same. For 3, 5, 6 and 7 W tells which it is, certainly so where K
 is a multiple of 32; else both may have as many words, and the version in config.json decides (FORMATS 1.3).
 """
@@ -106,7 +106,7 @@ def recognize(spec: QuantSpec, header: Header, read: Read) -> Stored:
     if outputs != n or words not in counts.values():
         raise CheckpointError(
             f"weight_packed is {[n, words]}; {described(spec, outputs, k)} as weight_shape says, has "
-            f"{[outputs, counts[STREAM]]}, before version 0.17 {[outputs, counts[PADDED]]}"
+            f"{[outputs, counts[STREAM]]}, before version 0.18 {[outputs, counts[PADDED]]}"
         )
     spec = replace(spec, format=next(name for name, count in counts.items() if count == words))
     wanted = layout(spec, n, k) | {"weight_g_idx": ((k,), torch.int32)}

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from llmq.errors import CheckpointError
 from llmq.formats.stored import shown
 from llmq.types import QuantSpec
+
+_LONGEST = 10_000  # characters of an expression
+_MOST_STEPS = 10**8  # of a search
+
+# There is no public way to look into an expression; up to Python 3.10 the module had another name, and two kinds less.
+_parser: Any = getattr(re, "_parser", None) or vars(re)["sre_parse"]
+_REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT, getattr(_parser, "POSSESSIVE_REPEAT", None))
+_ATOMIC = getattr(_parser, "ATOMIC_GROUP", None)
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a name that is a number
 _WITHIN_BLOCK = re.compile(r"(?:[^.]+\.)*?\d+\.(.+)")
@@ -80,7 +90,7 @@ class Rules:
         for position in self._open:
             if position > best:
                 break
-            if self._rules[position].pattern.match(name):
+            if matches(self._rules[position].pattern, name):
                 return self._rules[position]
         return self._rules[best] if best < len(self._rules) else None
 
@@ -118,14 +128,75 @@ def compiled(pattern: str, where: str) -> re.Pattern[str]:
     """Return the regular expression `pattern`.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is none, or one whose search of a name could take for ever.
     """
+    if len(pattern) > _LONGEST:
+        raise CheckpointError(
+            f"quantization_config: {where} has an expression of {len(pattern)} characters, {shown(pattern)}; "
+            f"llmq reads {_LONGEST}"
+        )
     try:
+        choices(pattern)
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise CheckpointError(
             f"quantization_config: {where} has {shown(pattern)}, which is no regular expression: {error}"
         ) from error
+
+
+def matches(pattern: re.Pattern[str], name: str) -> bool:
+    """Return whether `pattern` matches the start of `name`.
+
+    Raises:
+        CheckpointError: to find out could take many seconds.
+    """
+    repeats, ways = choices(pattern.pattern)
+    steps = math.comb(len(name) + repeats, repeats) * ways if repeats > 1 or ways > 1 else 0
+    if steps > _MOST_STEPS:
+        raise CheckpointError(
+            f"quantization_config: {shown(pattern.pattern)} leaves too many choices open, {repeats} parts of any "
+            f"length and {ways} alternatives, for the {len(name)} characters of {shown(name)}"
+        )
+    return pattern.match(name) is not None
+
+
+@lru_cache(maxsize=4096)
+def choices(pattern: str) -> tuple[int, int]:
+    """Return how many parts of a regular expression can have several lengths, and the product of its alternatives.
+
+    A search may try all ways to divide a name among the parts: their number is a binomial coefficient. Where one is
+    within another that is repeated, as in ``(a+)+``, it is exponential.
+
+    Raises:
+        re.error: it is none, or has such a part; it may as well be RecursionError or OverflowError.
+    """
+    return _choices(list(_parser.parse(pattern)))
+
+
+def _choices(nodes: list[tuple[Any, Any]]) -> tuple[int, int]:
+    """Return what `choices` does of a parsed expression."""
+    repeats, ways = 0, 1
+    for kind, value in nodes:
+        inside = [(0, 1)]
+        if kind in _REPEATS:
+            low, high, body = value
+            own, alternatives = _choices(list(body))
+            if (own or alternatives > 1) and high > 1:
+                raise re.error("it repeats something that can match in several ways, which may take for ever")
+            inside = [(own + (low != high), alternatives)]
+        elif kind == _parser.BRANCH:
+            inside = [_choices(list(branch)) for branch in value[1]]
+        elif kind == _parser.SUBPATTERN:
+            inside = [_choices(list(value[3]))]
+        elif kind in (_parser.ASSERT, _parser.ASSERT_NOT):
+            inside = [_choices(list(value[1]))]
+        elif kind == _parser.GROUPREF_EXISTS:
+            inside = [_choices(list(part)) for part in value[1:] if part is not None]
+        elif kind == _ATOMIC:
+            inside = [_choices(list(value))]
+        repeats += max(count for count, _ in inside)
+        ways *= sum(count for _, count in inside)
+    return repeats, ways
 
 
 def _literal(pattern: str) -> str | None:

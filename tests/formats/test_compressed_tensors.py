@@ -106,7 +106,7 @@ def test_one_spec_is_said_of_all_linears_but_the_dense_ones() -> None:
             }
         },
         "ignore": [r"re:^lm_head(\..*)?$", r"re:^model\.layers\.\d+\.mlp\.gate(\..*)?$"],
-        "version": "0.17.0",
+        "version": "0.18.0",
     }
 
 
@@ -114,7 +114,7 @@ def test_one_group_per_output_is_a_channel() -> None:
     found: Any = config({MODULES[0]: spec(8, -1, False, PADDED)}, [])
     weights = found["config_groups"]["group_0"]["weights"]
     assert (weights["strategy"], weights["group_size"], weights["symmetric"]) == ("channel", None, False)
-    assert found["version"] == "0.16.0"
+    assert found["version"] == "0.17.0"
 
 
 def test_several_specs_get_a_group_each() -> None:
@@ -180,7 +180,8 @@ def made(weights: dict[str, Any] | None = None, group: dict[str, Any] | None = N
         (made({"strategy": None, "group_size": -1}), spec(group_size=-1)),
         (made({"symmetric": False, "num_bits": 3}), spec(3, symmetric=False)),
         (made({"num_bits": 3}, version="0.16.1"), spec(3, name=PADDED)),
-        (made({"num_bits": 3}, version="0.17.0.a20260601"), spec(3)),
+        (made({"num_bits": 3}, version="0.17.1"), spec(3, name=PADDED)),
+        (made({"num_bits": 3}, version="0.18.0.a20260601"), spec(3)),
         (made({"num_bits": 3}, version=None), spec(3)),
         (made({"num_bits": 4}, version="0.9.4"), spec()),
         (made({"actorder": "group"}), spec()),
