@@ -131,7 +131,8 @@ def auto_class(config: Any) -> Any:
             f"model type {config.model_type!r}: transformers makes no model with a head of it; looked for it in "
             f"{', '.join(_AUTO)}; docs/families.md tells how to add a Family"
         )
-    wanted = (config.architectures or [""])[0]
+    named = config.architectures  # whatever config.json has there
+    wanted = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
     return getattr(transformers, next((name for name in known if wanted in made[name]), known[0]))
 
 

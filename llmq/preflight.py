@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 _Row = TypeVar("_Row")
 
+_COUNT = re.compile(
+    r"num_((hidden|decoder|encoder)_)?layers|n_layers?|num_(local_)?experts|n_routed_experts|(de|en)coder_layers|depth"
+)  # keys of config.json
+_MODULES = 1024  # that transformers makes in no time, whatever the files have
 _DISK_MARGIN = 2**20  # tokenizer, configuration, report
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -260,6 +265,7 @@ def model_config(source: CheckpointReader) -> PretrainedConfig:
     from transformers import AutoConfig
 
     kind = source.config.get("model_type")
+    _check_counts(source)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
     # ValueError, KeyError: an unknown type; for wrong values in the file each model class has errors of its own
@@ -269,6 +275,19 @@ def model_config(source: CheckpointReader) -> PretrainedConfig:
             f"{' '.join(str(error).split())[:200]}"
         ) from error
     return config
+
+
+def _check_counts(source: CheckpointReader) -> None:
+    """Check that the files could hold so many blocks and experts: transformers makes the modules of all, one by one."""
+    most = max(_MODULES, len(source.keys()))
+    inner = [value for value in source.config.values() if isinstance(value, dict)]
+    for part in (source.config, *inner):
+        for key, value in part.items():
+            if isinstance(value, int) and value > most and _COUNT.fullmatch(key):
+                raise SpecError(
+                    f"{source.path}: config.json: {key} is {value}, but the files have {len(source.keys())} tensors; "
+                    "it belongs to another checkpoint, or is damaged"
+                )
 
 
 def _own_dtype(source: CheckpointReader) -> torch.dtype:

@@ -18,6 +18,7 @@ from llmq.cli.ablate import ablate_command
 from llmq.cli.adapter import adapter_command
 from llmq.cli.collect import collect_command
 from llmq.cli.convert import convert_command
+from llmq.cli.doctor import doctor_command
 from llmq.cli.eval import eval_command
 from llmq.cli.generate import generate_command
 from llmq.cli.inspect import inspect_command
@@ -99,6 +100,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "ablate": ablate_command,
     "convert": convert_command,
     "verify": verify_command,
+    "doctor": doctor_command,
     "inspect": inspect_command,
     "generate": generate_command,
     "adapter": adapter_command,

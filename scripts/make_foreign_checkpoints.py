@@ -1,0 +1,121 @@
+"""Writes small packed folders with other people's tools: what llmq has to read, and llmq doctor must not complain of.
+
+    PYTHON_OF_THAT_TOOL scripts/make_foreign_checkpoints.py {gptqmodel,llmcompressor,autoround} tests/data/foreign
+
+Each tool is run in an environment of its own (GPTQModel 7.7.0, llm-compressor 0.14.0.1, AutoRound 0.16.1) on the same
+random Llama of two blocks, through its public functions, with as little calibration as it takes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+_WORDS = 64
+
+
+def make_model(folder: Path) -> Path:
+    """Write the model and its tokenizer to `folder`, and return it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=_WORDS,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).to(torch.float16).save_pretrained(folder)
+    words = {"<s>": 0, **{f"w{number}": number for number in range(1, _WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def tokens() -> list[list[int]]:
+    """Return calibration data."""
+    return torch.randint(1, _WORDS, (32, 256), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def gptqmodel(source: Path, output: Path) -> None:
+    """Write what GPTQModel makes."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with fewer it does not start
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens()]
+    for name, options in {
+        "gptq-4": {"bits": 4, "sym": True},
+        "gptq-8": {"bits": 8, "sym": True},
+        "gptq-4-asym": {"bits": 4, "sym": False, "format": "gptq_v2"},
+    }.items():
+        config = QuantizeConfig(group_size=32, desc_act=False, device="cpu", **options)
+        model = GPTQModel.load(str(source), config)
+        model.quantize(data, batch_size=8)
+        model.save(str(output / f"gptqmodel-{name}"))
+
+
+def llmcompressor(source: Path, output: Path) -> None:
+    """Write what llm-compressor makes."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    for name, bits, symmetric in (("4", 4, True), ("8", 8, True), ("4-asym", 4, False)):
+        weights = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="group", group_size=32)
+        groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+        recipe = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
+        oneshot(model=str(source), recipe=recipe, output_dir=str(output / f"llmcompressor-{name}"))
+
+
+def autoround(source: Path, output: Path) -> None:
+    """Write what AutoRound makes in others' layouts."""
+    from auto_round import AutoRound
+    from transformers import AutoTokenizer
+
+    data = [torch.tensor([row]) for row in tokens()]
+    for name, format, symmetric in (("gptq-4", "auto_gptq", True), ("awq-4-asym", "auto_awq", False)):
+        model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float16)
+        tool = AutoRound(
+            model,
+            AutoTokenizer.from_pretrained(source),
+            bits=4,
+            group_size=32,
+            sym=symmetric,
+            iters=5,
+            nsamples=32,
+            seqlen=256,
+            dataset=data,
+            device_map="cpu",
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            tool.quantize_and_save(folder, format=format)
+            found = next(Path(folder).rglob("config.json")).parent
+            shutil.copytree(found, output / f"autoround-{name}", dirs_exist_ok=True)
+
+
+def main() -> None:
+    """Run the script."""
+    tool, output = sys.argv[1], Path(sys.argv[2])
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        source = make_model(Path(folder) / "model")
+        {"gptqmodel": gptqmodel, "llmcompressor": llmcompressor, "autoround": autoround}[tool](source, output)
+
+
+if __name__ == "__main__":
+    main()
