@@ -21,6 +21,8 @@ from llmq.shards import LARGEST_JSON, DtypeError, Entry, HeaderError, parse_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+QUANTIZATION = "quantization_config"  # key of config.json
+LEGACY_CONFIG = "quantize_config.json"  # where older tools look for the quantization_config of gptq
 SINGLE = "model.safetensors"
 STAGING = ".llmq-partial"  # folder inside the output with everything that is not finished
 FOREIGN_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
@@ -195,8 +197,16 @@ def tensor_infos(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
     return found
 
 
-def read_from(infos: Mapping[str, TensorInfo], name: str) -> Tensor:
-    """Return tensor `name` of the files whose headers `infos` are, see `tensor_infos`.
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json of the dense model, also where the text model in it has what is left out."""
+    dense = {key: value for key, value in config.items() if key != QUANTIZATION}
+    if isinstance(text := dense.get("text_config"), dict):
+        dense["text_config"] = {key: value for key, value in text.items() if key != QUANTIZATION}
+    return dense
+
+
+def read_from(infos: Mapping[str, TensorInfo], name: str, rows: slice | None = None) -> Tensor:
+    """Return tensor `name`, or `rows` of its first dimension, of the files whose headers are `infos` (`tensor_infos`).
 
     Raises:
         CheckpointError: it cannot be read.
@@ -204,7 +214,7 @@ def read_from(infos: Mapping[str, TensorInfo], name: str) -> Tensor:
     info = infos[name]
     handle = _open(Path(info.file))
     try:
-        return read_tensor(handle, Entry(info.shape, info.dtype, info.nbytes, info.offset), None)
+        return read_tensor(handle, Entry(info.shape, info.dtype, info.nbytes, info.offset), rows)
     except (OSError, HeaderError) as error:
         raise CheckpointError(f"{info.file}: tensor {name} cannot be read: {error}") from error
     finally:

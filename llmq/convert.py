@@ -6,7 +6,7 @@ all are equal does the output get its config.json. What the new format cannot ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llmq.checkpoint import resolve
+from llmq.checkpoint import LEGACY_CONFIG, QUANTIZATION, resolve, without_quantization
 from llmq.errors import CheckpointError, LlmqError, SpecError
 from llmq.exports import EXPORTS
 from llmq.families import skeleton
 from llmq.formats import FORMATS
-from llmq.output import LEGACY_CONFIG, side_files
+from llmq.output import side_files
 from llmq.packed import PackedCheckpoint
 from llmq.places import banks_apart, dense_linears, placed
 from llmq.preflight import model_config
@@ -242,7 +242,7 @@ class _Packed:
         quantization = self._layout.config(specs, dense_linears(model.config, specs))
         if isinstance(made := packed.quantization.get("meta"), dict):
             quantization["meta"] = made
-        config = {**_without(packed.config), "quantization_config": quantization}
+        config = {**without_quantization(packed.config), QUANTIZATION: quantization}
         legacy = {LEGACY_CONFIG: quantization} if quantization["quant_method"] == "gptq" else {}
         return config, legacy
 
@@ -282,7 +282,7 @@ class _Dense:
 
     def closing(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return config.json; see `_Target`."""
-        return _without(self._packed.config), {}
+        return without_quantization(self._packed.config), {}
 
 
 def _placed(packed: PackedCheckpoint) -> tuple[PreTrainedModel, dict[str, str]]:
@@ -292,14 +292,6 @@ def _placed(packed: PackedCheckpoint) -> tuple[PreTrainedModel, dict[str, str]]:
     banks_apart(model, infos)
     by_layer = {id(layer): name for name, layer in placed(model, infos, packed.layers).items()}
     return model, {module: by_layer[id(layer)] for module, layer in packed.layers.items()}
-
-
-def _without(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json of the dense model."""
-    dense = {key: value for key, value in config.items() if key != "quantization_config"}
-    if isinstance(text := dense.get("text_config"), dict):
-        dense["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
-    return dense
 
 
 def _same(a: QuantizedWeight, b: QuantizedWeight) -> bool:

@@ -15,10 +15,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from llmq.checkpoint import CheckpointReader, TensorInfo
+from llmq.checkpoint import QUANTIZATION, CheckpointReader, TensorInfo, without_quantization
 from llmq.errors import CheckpointError, SpecError
 
-_CONFIG = "quantization_config"
 _STORED, _PRESENTED = torch.float8_e4m3fn, torch.bfloat16
 _SCALE = "_scale_inv"
 # each holds its numbers exactly in float32; Qwen3-FP8 stores bfloat16, DeepSeek float32, powers of two come in e8m0
@@ -51,7 +50,7 @@ class Fp8Reader(CheckpointReader):
         super().__init__(path)
         found = _found(self.config)
         self._block = _block(found[0], self.path) if found else _refuse(self.path, "unknown")
-        self.config = _without(self.config)
+        self.config = without_quantization(self.config)
         self._stored = self._infos
         self._infos = self._presented()
 
@@ -133,16 +132,8 @@ def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int], *, skippe
 def _found(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what config.json says of quantization, also that of a text model in another one."""
     parts = [config, config.get("text_config")]
-    found = [part.get(_CONFIG) for part in parts if isinstance(part, dict)]
+    found = [part.get(QUANTIZATION) for part in parts if isinstance(part, dict)]
     return [entry for entry in found if isinstance(entry, dict) and entry]
-
-
-def _without(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json of the dense model."""
-    dense = {key: value for key, value in config.items() if key != _CONFIG}
-    if isinstance(dense.get("text_config"), dict):
-        dense["text_config"] = {key: value for key, value in dense["text_config"].items() if key != _CONFIG}
-    return dense
 
 
 def _block(config: Mapping[str, Any], path: Path) -> tuple[int, int]:

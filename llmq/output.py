@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmq import environment
-from llmq.checkpoint import CONFIG, FOREIGN_WEIGHTS, INDEX, CheckpointReader
+from llmq.checkpoint import CONFIG, FOREIGN_WEIGHTS, INDEX, LEGACY_CONFIG, CheckpointReader
 from llmq.places import dense_linears
 from llmq.preflight import Job
 from llmq.report import REPORT, coverage
 from llmq.run import Run
 from llmq.writing import CheckpointWriter, Slot
-
-LEGACY_CONFIG = "quantize_config.json"  # where older tools look for the quantization_config of gptq
 
 
 def slots(job: Job) -> dict[str, Slot]:

@@ -7,6 +7,7 @@ mapped pages count as the process's own until they are dropped, and a run that i
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
@@ -167,6 +168,24 @@ def write_tensors(handle: int, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(handle: int) -> dict[str, Tensor]:
     """Return all tensors of an open file; errors as for `read_header` and `read_tensor`."""
     return {name: read_tensor(handle, entry) for name, entry in read_header(handle).items()}
+
+
+def holds(handle: int, header: bytes, size: int) -> bool:
+    """Return whether an open file has this header and size."""
+    return os.fstat(handle).st_size == size and os.pread(handle, len(header), 0) == header
+
+
+def reserve(handle: int, header: bytes, size: int) -> None:
+    """Make an open file this long, of zeros after the header; the room on the disk is its own from now on."""
+    os.ftruncate(handle, 0)
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(handle, size)  # a file system that cannot reserve
+    write_bytes(handle, header, 0)
+    os.fsync(handle)
 
 
 def write_bytes(handle: int, content: bytes | memoryview, offset: int) -> None:

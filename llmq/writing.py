@@ -9,7 +9,6 @@ leaves the folder as it is, and the next one goes on in it, even if the files we
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from llmq.checkpoint import CONFIG, INDEX, SINGLE, STAGING
 from llmq.disk import disk_errors, replace_file, sync_path, write_file
 from llmq.errors import CheckpointError
 from llmq.lock import LOCK, FolderLock
-from llmq.shards import DTYPES, Entry, HeaderError, make_header, read_tensor, write_bytes, write_tensor
+from llmq.shards import DTYPES, Entry, HeaderError, holds, make_header, read_tensor, reserve, write_tensor
 
 _FILES = "files"  # folder inside the staging folder with what will be the output, under its final names
 _MOVING = "moving.json"  # says which files are being moved up
@@ -106,14 +105,14 @@ class CheckpointWriter:
                     stale.unlink()
             for name in plan:
                 self._handles[name] = os.open(self._files / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            missing = [name for name in plan if not _holds(self._handles[name], *plan[name])]
+            missing = [name for name in plan if not holds(self._handles[name], *plan[name])]
             if missing:
                 (self.staging / _WRITTEN).unlink(missing_ok=True)  # and not back after a power failure
             for folder in (self._files, self.staging, self.path):
                 sync_path(folder)
             try:
                 for name in missing:
-                    _reserve(self._handles[name], *plan[name])
+                    reserve(self._handles[name], *plan[name])
             except BaseException:
                 for name in missing:  # gives the room back
                     os.ftruncate(self._handles[name], 0)
@@ -312,24 +311,6 @@ def _check_empty(path: Path, *, force: bool) -> None:
         unfinished = {STAGING, *_moving(path)}
         if any(entry.name not in unfinished for entry in path.iterdir()):
             raise CheckpointError(f"{path}: exists and is not empty; choose another --output or pass --force")
-
-
-def _holds(handle: int, header: bytes, size: int) -> bool:
-    """Return whether an open file has this header and size."""
-    return os.fstat(handle).st_size == size and os.pread(handle, len(header), 0) == header
-
-
-def _reserve(handle: int, header: bytes, size: int) -> None:
-    """Make an open file this long, of zeros after the header; the room on the disk is its own from now on."""
-    os.ftruncate(handle, 0)
-    try:
-        os.posix_fallocate(handle, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(handle, size)  # a file system that cannot reserve
-    write_bytes(handle, header, 0)
-    os.fsync(handle)
 
 
 def _read_written(file: Path) -> set[str]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from llmq import environment
+from llmq.disk import replace_file
 from llmq.driver import quantize
 from llmq.errors import LlmqError
 from llmq.hf import load
@@ -102,7 +102,7 @@ class Bench:
             "versions": environment.versions(),
             "settings": self.settings(row),
         }
-        write(self.output / f"{row.name}.json", json.dumps(found, indent=2) + "\n")
+        replace_file(self.output / f"{row.name}.json", (json.dumps(found, indent=2) + "\n").encode())
         return found
 
 
@@ -116,12 +116,6 @@ def fields_of(preset: str) -> dict[str, object]:
         stage = STAGES[change[1:]]
         fields |= stage.on if change[0] == "+" else stage.off
     return fields
-
-
-def write(path: Path, text: str) -> None:
-    """Write `text` to `path`, which never holds half of it."""
-    path.with_suffix(".new").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".new"), path)
 
 
 def markdown(rows: Sequence[Row], found: Mapping[Row, dict[str, Any]], texts: Sequence[str]) -> str:
@@ -198,8 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
         print(f"{row.name}: KL {', '.join(f'{value:.5f}' for value in found[row]['kl'])}", file=sys.stderr, flush=True)
     table = markdown(rows, found, [Path(text).stem for text in options.text])
-    write(options.output / "table.md", table)
-    write(options.output / "table.json", json.dumps([found[row] for row in rows if row in found], indent=2) + "\n")
+    replace_file(options.output / "table.md", table.encode())
+    rest = json.dumps([found[row] for row in rows if row in found], indent=2)
+    replace_file(options.output / "table.json", f"{rest}\n".encode())
     print(table)
     return 0 if len(found) == len(rows) else 1
 

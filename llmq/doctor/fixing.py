@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.checkpoint import CONFIG, INDEX, TensorInfo
+from llmq.checkpoint import CONFIG, INDEX, LEGACY_CONFIG, TensorInfo
 from llmq.doctor import examine
 from llmq.doctor.findings import Finding
-from llmq.doctor.labels import LEGACY
 from llmq.doctor.patient import Patient
 from llmq.errors import CheckpointError, SpecError
 from llmq.writing import CheckpointWriter, Slot
@@ -78,8 +77,8 @@ def _configs(
         config["quantization_config"] = quantization
     else:
         config["text_config"] = {**config["text_config"], "quantization_config": quantization}
-    legacy = {LEGACY: quantization} if (patient.path / LEGACY).is_file() else {}
+    legacy = {LEGACY_CONFIG: quantization} if (patient.path / LEGACY_CONFIG).is_file() else {}
     shards = {name for names in patient.files.values() for name in names}
-    written = {CONFIG, INDEX, LEGACY, *shards}
+    written = {CONFIG, INDEX, LEGACY_CONFIG, *shards}
     files = sorted(path for path in patient.path.iterdir() if path.is_file() and _is_own(path))
     return config, legacy, [path for path in files if path.name not in written]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from llmq.checkpoint import read_json
+from llmq.checkpoint import LEGACY_CONFIG, read_json
 from llmq.doctor.findings import ERROR, NOTE, WARNING, Finding, Repair
 from llmq.doctor.patient import Patient
 from llmq.errors import LlmqError
@@ -15,8 +15,6 @@ from llmq.formats import bits as bitstream
 from llmq.formats import gptq
 from llmq.formats.naming import Rules
 from llmq.formats.stored import shown
-
-LEGACY = "quantize_config.json"
 
 _SAME = (("bits", "w_bit", "wbits"), ("group_size", "q_group_size", "groupsize"), ("checkpoint_format", "format"))
 _WRITTEN_BY_ALL = {"quant_method", "meta", "quantizer", "version", "model_name_or_path", "model_file_base_name"}
@@ -128,7 +126,7 @@ def unknown_keys(patient: Patient) -> Iterator[Finding]:
 
 def stale_legacy(patient: Patient) -> Iterator[Finding]:
     """Report a quantize_config.json that says something else than config.json."""
-    file = patient.path / LEGACY
+    file = patient.path / LEGACY_CONFIG
     if not file.is_file():
         return
     old = read_json(file)
@@ -137,7 +135,8 @@ def stale_legacy(patient: Patient) -> Iterator[Finding]:
         there = next((old[name] for name in names if old.get(name) is not None), None)
         if here is not None and there is not None and here != there:
             yield Finding(
-                "legacy-config-stale", ERROR, (LEGACY,), f"{names[0]} is {shown(there)}, in config.json {shown(here)}",
+                "legacy-config-stale", ERROR, (LEGACY_CONFIG,),
+                f"{names[0]} is {shown(there)}, in config.json {shown(here)}",
                 "readers differ in which they take; write what config.json says", Repair(),
             )  # fmt: skip
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from llmq.checkpoint import CONFIG, INDEX, STAGING, TensorInfo, read_json, tensor_infos
+from llmq.checkpoint import CONFIG, INDEX, STAGING, TensorInfo, read_from, read_json, tensor_infos
 from llmq.doctor.anatomy import Anatomy, anatomy_of
 from llmq.doctor.measures import Measures, measure
 from llmq.errors import CheckpointError, LlmqError
 from llmq.formats import FORMATS, METHODS, Format, Header, Stored
 from llmq.packed import quantization_of
-from llmq.shards import Entry, HeaderError, read_tensor
 from llmq.types import QuantSpec
 
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -82,15 +80,7 @@ class Patient:
             CheckpointError: it cannot be read.
         """
         info = self.infos[key]
-        file = self.path / info.file
-        try:
-            handle = os.open(file, os.O_RDONLY)
-            try:
-                return read_tensor(handle, Entry(info.shape, info.dtype, info.nbytes, info.offset), rows)
-            finally:
-                os.close(handle)
-        except (OSError, HeaderError) as error:
-            raise CheckpointError(f"{file}: tensor {key} cannot be read: {error}") from error
+        return read_from({key: info._replace(file=str(self.path / info.file))}, key, rows)
 
     @cached_property
     def anatomy(self) -> Anatomy | str:
