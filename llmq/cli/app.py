@@ -16,6 +16,7 @@ import typer
 from llmq import __version__
 from llmq.cli.ablate import ablate_command
 from llmq.cli.adapter import adapter_command
+from llmq.cli.chat import chat_command
 from llmq.cli.collect import collect_command
 from llmq.cli.convert import convert_command
 from llmq.cli.doctor import doctor_command
@@ -25,6 +26,7 @@ from llmq.cli.inspect import inspect_command
 from llmq.cli.plan import plan_command
 from llmq.cli.quantize import quantize_command
 from llmq.cli.recipe import recipe_command
+from llmq.cli.serve import serve_command
 from llmq.cli.verify import verify_command
 from llmq.errors import LlmqError
 from llmq.joining import first_speaks, world_here
@@ -88,7 +90,7 @@ def _register(name: str, command: Callable[..., None]) -> None:
     signature = inspect.signature(command, eval_str=True)
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), debug])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in [*signature.parameters.values(), debug]}
-    app.command(name)(run)
+    app.command(name, context_settings=_PASSED_ON if name == "serve" else None)(run)
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {
@@ -103,8 +105,12 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor_command,
     "inspect": inspect_command,
     "generate": generate_command,
+    "chat": chat_command,
+    "serve": serve_command,
     "adapter": adapter_command,
 }
+
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # to a command of transformers
 
 for _name, _command in _COMMANDS.items():
     _register(_name, _command)

@@ -39,16 +39,12 @@ def generate_command(  # noqa: PLR0913  one parameter per option
         raise SpecError("the prompt has no tokens; give at least one word")
     model: Any = load_model(folder, precision, where)
     torch.manual_seed(seed)
-    # A checkpoint's generation_config may set sampling options, which transformers warns about in a greedy
-    # search.
-    sampling = {"temperature": temperature} if temperature else dict.fromkeys(("temperature", "top_p", "top_k"))
     output = model.generate(
         input_ids=inputs["input_ids"].to(where),
         attention_mask=inputs["attention_mask"].to(where),
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **sampling,
+        pad_token_id=padding(tokenizer),
+        **sampling(temperature),
     )[0]
     text = tokenizer.decode(output, skip_special_tokens=True)
     if as_json:
@@ -56,3 +52,17 @@ def generate_command(  # noqa: PLR0913  one parameter per option
         show_json({"prompt": prompt, "text": text, "new_tokens": added})
     else:
         typer.echo(text)
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """Return the settings of generation that draw tokens at `temperature`; at 0 the most likely one is taken."""
+    if temperature:
+        return {"do_sample": True, "temperature": temperature}
+    # a checkpoint's generation_config may set these, which transformers warns about in a greedy search
+    return {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k"))}
+
+
+def padding(tokenizer: Any) -> int | None:
+    """Return the token that fills up rows which ended."""
+    found: int | None = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return found
