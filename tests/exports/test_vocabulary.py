@@ -43,14 +43,14 @@ def split(pattern: str, behavior: str = "isolated") -> Any:
 )
 def test_rules_that_llama_cpp_has(tmp_path: Path, steps: list[Any], ignore_merges: bool, rule: str) -> None:
     make_tokenizer(*steps, ignore_merges=ignore_merges).save_pretrained(tmp_path)
-    assert read_vocabulary(tmp_path, 320).rule == rule
+    assert read_vocabulary(tmp_path, 320).words.rule == rule
 
 
 def test_one_step_needs_no_sequence(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = GPT2
     tokenizer.save_pretrained(tmp_path)
-    assert read_vocabulary(tmp_path, 320).rule == "gpt-2"
+    assert read_vocabulary(tmp_path, 320).words.rule == "gpt-2"
 
 
 def test_tokens_by_number_their_types_and_merges(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_tokens_by_number_their_types_and_merges(tmp_path: Path) -> None:
     assert found.types[1 : count - 1] == [NORMAL] * (count - 2)
     assert found.types[count:] == [UNUSED] * (320 - count)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
-    assert found.merges == [" ".join(merge) for merge in content["model"]["merges"]]
+    assert found.words.merges == [" ".join(merge) for merge in content["model"]["merges"]]
     assert found.special == {"bos": 0, "eos": 0}
     assert found.template == "{{ messages }}"
     assert (found.add_bos, found.add_eos) == (False, False)
@@ -110,7 +110,6 @@ def with_backend(**parts: Any) -> Callable[[PreTrainedTokenizerFast, Path], None
 @pytest.mark.parametrize(
     ("save", "message"),
     [
-        (damage(lambda t: t["model"].update(byte_fallback=True)), "its model is BPE of characters with byte fallback"),
         (damage(lambda t: t["model"].update(dropout=0.5)), "its model has dropout 0.5"),
         (damage(lambda t: t["model"].update(end_of_word_suffix="</w>")), "its model has end_of_word_suffix '</w>'"),
         (damage(lambda t: t["model"].update(ignore_merges=True)), "by words of GPT-2, whole words first; it would cut"),
@@ -153,7 +152,7 @@ def test_what_llama_cpp_would_cut_elsewhere_is_refused(
 
 def test_canonical_composition_is_let_pass(tmp_path: Path) -> None:
     with_backend(normalizer=normalizers.NFC())(make_tokenizer(), tmp_path)
-    assert read_vocabulary(tmp_path, 320).rule == "gpt-2"
+    assert read_vocabulary(tmp_path, 320).words.rule == "gpt-2"
 
 
 def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
