@@ -49,6 +49,7 @@ class PackedReader(PackedCheckpoint):
     """A packed folder whose packed layers read as dense weights, by the names of their codes."""
 
     def __init__(self, path: str | Path) -> None:
+        self.codes: dict[str, str] = {}  # recognizing layers reads some tensors as they are
         super().__init__(path)
         self.codes = {layer.keys[layer.format.marker]: module for module, layer in self.layers.items()}
         self.transposed: set[str] = set()  # names of the codes of modules that keep their weight as [K, N]

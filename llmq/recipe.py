@@ -31,6 +31,9 @@ COLLECTED_BY = (
     "dtype",
 )
 
+# Formats that store zero - 1, and what holds the zero itself, 0 included: asymmetric layers need that.
+ASYMMETRIC = {"gptq": "gptq_v2", "auto-round": "auto-round-v2"}
+
 
 class Recipe(BaseModel):
     """What `llmq quantize` does; immutable, unknown fields are errors."""
@@ -107,10 +110,15 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the choice of windows")
     format: str = Field(
         "gptq",
-        description="packed layout: gptq (version 1 if symmetric, else 2), gptq_v2, awq (4 bits) or compressed-tensors",
+        description="packed layout: gptq (version 1 if symmetric, else 2), gptq_v2, awq (4 bits), compressed-tensors, "
+        "auto-round (gptq under AutoRound's label), or llmq (all that llmq can make, for loading with llmq)",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the calibration forward pass; auto is the checkpoint's own"
+    )
+    embeddings: int | None = Field(
+        None,
+        description="bits of the token embedding, and of a head tied to it: 2 to 8, in format llmq; default: as it is",
     )
     shard_size: str = Field("4GB", description="largest size of one output file, e.g. 500MB, 4GB")
     ignore: tuple[str, ...] = Field(
@@ -144,8 +152,19 @@ class Recipe(BaseModel):
     @property
     def spec(self) -> QuantSpec:
         """What packed layers look like under this recipe."""
-        packed = "gptq_v2" if self.format == "gptq" and not self.sym else self.format
+        packed = self.format if self.sym else ASYMMETRIC.get(self.format, self.format)
         return QuantSpec(self.bits, self.group_size, self.sym, packed)
+
+    @property
+    def embedding_spec(self) -> QuantSpec | None:
+        """What packed embeddings look like; None: they stay dense.
+
+        8 bits get one scale per row, which is nearly exact, and what the int8 operator of CPUs multiplies with.
+        """
+        if self.embeddings is None:
+            return None
+        whole = self.embeddings == 8
+        return QuantSpec(self.embeddings, -1 if whole else self.group_size, whole or self.sym, self.spec.format)
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every field written out."""

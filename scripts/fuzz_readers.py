@@ -45,6 +45,8 @@ _CASES = (
     *(("gptq_v2", 4, False), ("awq", 4, True), ("awq", 4, False)),
     *(("compressed-tensors", bits, sym) for bits in (3, 4, 5, 8) for sym in (True, False)),
     ("compressed-tensors-padded", 3, False),
+    *(("llmq", bits, sym) for bits in (3, 5, 8) for sym in (True, False)),
+    *(("auto-round", 4, True), ("auto-round-v2", 3, False)),
 )
 _N, _K, _GROUP = 32, 64, 32
 _MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")

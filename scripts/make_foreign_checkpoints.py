@@ -1,6 +1,8 @@
 """Writes small packed folders with other people's tools: what llmq has to read, and llmq doctor must not complain of.
 
-    PYTHON_OF_THAT_TOOL scripts/make_foreign_checkpoints.py {gptqmodel,llmcompressor,autoround} tests/data/foreign
+    PYTHON_OF_THAT_TOOL scripts/make_foreign_checkpoints.py TOOL tests/data/foreign
+
+for TOOL in gptqmodel, llmcompressor, autoround, autoround-label.
 
 Each tool is run in an environment of its own (GPTQModel 7.7.0, llm-compressor 0.14.0.1, AutoRound 0.16.1) on the same
 random Llama of two blocks, through its public functions, with as little calibration as it takes.
@@ -8,27 +10,31 @@ random Llama of two blocks, through its public functions, with as little calibra
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _WORDS = 64
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, blocks: int = 2) -> Path:
     """Write the model and its tokenizer to `folder`, and return it."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=_WORDS,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -84,28 +90,78 @@ def llmcompressor(source: Path, output: Path) -> None:
 
 def autoround(source: Path, output: Path) -> None:
     """Write what AutoRound makes in others' layouts."""
+    for name, format, symmetric in (("gptq-4", "auto_gptq", True), ("awq-4-asym", "auto_awq", False)):
+        _round(source, output / f"autoround-{name}", format, {"bits": 4, "sym": symmetric})
+
+
+def autoround_label(source: Path, output: Path) -> None:
+    """Write what AutoRound makes under its own label, and what it reads back, see `read_by_autoround`."""
+    source = make_model(source.parent / "one-block", blocks=1)  # four folders more are small ones
+    mixed = {
+        "model.layers.0.mlp.down_proj": {"bits": 8},
+        "model.layers.0.self_attn.o_proj": {"bits": 16},
+        "k_proj": {"bits": 2, "group_size": 64, "sym": True},
+        "lm_head": {"bits": 4},
+    }
+    kinds: dict[str, dict[str, Any]] = {
+        "4": {"bits": 4, "sym": True},
+        "4-asym": {"bits": 4, "sym": False},
+        "3-asym": {"bits": 3, "sym": False},
+        "mixed": {"bits": 4, "sym": False, "layer_config": mixed},
+    }
+    for name, options in kinds.items():
+        folder = output / f"autoround-label-{name}"
+        _round(source, folder, "auto_round", options)
+        weights = unpacked_by_autoround(folder) if name == "4-asym" else read_by_autoround(folder)
+        # a product makes 0 of -0, which codes at the zero of a negative scale stand for
+        sums = {module: hashlib.sha256((w + 0.0).numpy().tobytes()).hexdigest() for module, w in weights.items()}
+        (folder / "weights.json").write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def _round(source: Path, output: Path, format: str, options: dict[str, Any]) -> None:
+    """Quantize with AutoRound."""
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 
-    data = [torch.tensor([row]) for row in tokens()]
-    for name, format, symmetric in (("gptq-4", "auto_gptq", True), ("awq-4-asym", "auto_awq", False)):
-        model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float16)
-        tool = AutoRound(
-            model,
-            AutoTokenizer.from_pretrained(source),
-            bits=4,
-            group_size=32,
-            sym=symmetric,
-            iters=5,
-            nsamples=32,
-            seqlen=256,
-            dataset=data,
-            device_map="cpu",
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            tool.quantize_and_save(folder, format=format)
-            found = next(Path(folder).rglob("config.json")).parent
-            shutil.copytree(found, output / f"autoround-{name}", dirs_exist_ok=True)
+    tool = AutoRound(
+        LlamaForCausalLM.from_pretrained(source, dtype=torch.float16),
+        AutoTokenizer.from_pretrained(source),
+        group_size=32,
+        iters=5,
+        nsamples=32,
+        seqlen=256,
+        dataset=[torch.tensor([row]) for row in tokens()],
+        device_map="cpu",
+        **options,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tool.quantize_and_save(folder, format=format)
+        found = next(Path(folder).rglob("config.json")).parent
+        shutil.copytree(found, output, dirs_exist_ok=True)
+
+
+def read_by_autoround(folder: Path) -> dict[str, torch.Tensor]:
+    """Return what each packed layer multiplies with as AutoRound loads it, float16 [N, K]."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "qweight"):
+            module.bias = None
+            with torch.no_grad():  # a product with ones and zeros is a weight; it rounds them to float16
+                weight = module(torch.eye(module.infeatures)).T.contiguous()
+            assert torch.equal(weight, weight.half().float())
+            found[name] = weight.half()
+    return found
+
+
+def unpacked_by_autoround(folder: Path) -> dict[str, torch.Tensor]:
+    """Return what AutoRound unpacks from layers packed as awq, for which it has no layer on a CPU, float16 [N, K]."""
+    from auto_round.export.export_to_awq.utils import dequantize_gemm
+
+    tensors = load_file(folder / "model.safetensors")
+    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    parts = {module: [tensors[f"{module}.{local}"] for local in ("qweight", "qzeros", "scales")] for module in modules}
+    return {module: dequantize_gemm(*own, 4, 32).T.contiguous() for module, own in parts.items()}
 
 
 def main() -> None:
@@ -114,7 +170,8 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         source = make_model(Path(folder) / "model")
-        {"gptqmodel": gptqmodel, "llmcompressor": llmcompressor, "autoround": autoround}[tool](source, output)
+        tools = {"gptqmodel": gptqmodel, "llmcompressor": llmcompressor, "autoround": autoround}
+        (tools | {"autoround-label": autoround_label})[tool](source, output)
 
 
 if __name__ == "__main__":

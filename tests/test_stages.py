@@ -11,7 +11,7 @@ from llmq.stages import STAGES, Stage, is_on, variants
 NO_STAGES = {
     *("method", "bits", "group_size", "sym", "sym_range", "format", "ignore"),
     *("calibration", "num_samples", "response_only", "all_experts", "seq_len", "seed"),
-    *("dtype", "shard_size", "max_fallback"),
+    *("dtype", "shard_size", "max_fallback", "embeddings"),
     *("damp_percent", "search_norm"),
 }
 DEFAULT = Recipe().model_dump()

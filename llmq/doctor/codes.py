@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from llmq.doctor.findings import ERROR, WARNING, Finding
 from llmq.doctor.measures import Measures
 from llmq.doctor.patient import Layer, Patient
+from llmq.formats import auto_round
 
 _SHIFTED = (0.6, 1.4)  # in codes: one, give or take what the weights' own mean does
 _OF_LAYERS = 0.75  # share that must be shifted alike: the tool that wrote them did it to all
@@ -24,6 +25,9 @@ def shifted_zeros(patient: Patient) -> Iterator[Finding]:
             if patient.quantization["quant_method"] == "gptq":
                 other = "gptq" if sign > 0 else "gptq_v2"
                 advice += f"try checkpoint_format {other} and compare the perplexity"
+            elif off[0][0].spec.format in auto_round.PACKING_OF:
+                other = auto_round.PACKING_OF["gptq" if sign > 0 else "gptq_v2"]
+                advice += f"try packing_format {other} and compare the perplexity"
             else:
                 advice += f"{'add 1 to' if sign > 0 else 'take 1 from'} each and compare the perplexity"
             yield Finding(

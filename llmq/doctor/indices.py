@@ -22,6 +22,8 @@ def index_of_groups(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             "g-idx-damaged", ERROR, tuple(broken), next(iter(broken.values())), "download or quantize it again"
         )
+    if patient.quantization["quant_method"] == "llmq":
+        return  # who reads it honours it
     moved = [module for module, order in orders.items() if order is True]
     said = patient.quantization.get("desc_act")
     if moved and said is False:
@@ -32,7 +34,7 @@ def index_of_groups(patient: Patient) -> Iterator[Finding]:
     elif moved:
         yield Finding(
             "g-idx-not-honoured", WARNING, tuple(moved), "inputs are out of the order of their groups (act-order)",
-            "vLLM 0.33 and AWQ know no index; load it with llmq, GPTQModel or transformers, or use static groups",
+            "vLLM 0.33, AWQ and AutoRound know none; load it with llmq, GPTQModel, transformers, or use static groups",
         )  # fmt: skip
     if patient.quantization["quant_method"] == "gptq":
         missing = [layer for layer in patient.layers.values() if layer.stored and "g_idx" not in layer.header]
@@ -54,8 +56,8 @@ def _orders(patient: Patient) -> dict[str, bool | str]:
     """Return of each module with an index whether it is out of order, or what is wrong with it."""
     found: dict[str, bool | str] = {}
     for layer in patient.layers.values():
-        name = next((local for local in layer.header if local.endswith("g_idx")), None)
-        if name is None or layer.stored is None:
+        name = FORMATS[layer.spec.format].index
+        if name is None or name not in layer.header or layer.stored is None:
             continue
         try:
             index = {name: patient.read(f"{layer.module}.{name}")}

@@ -11,13 +11,20 @@ from llmq.checkpoint import LEGACY_CONFIG, read_json
 from llmq.doctor.findings import ERROR, NOTE, WARNING, Finding, Repair
 from llmq.doctor.patient import Patient
 from llmq.errors import LlmqError
+from llmq.formats import auto_round, gptq
 from llmq.formats import bits as bitstream
-from llmq.formats import gptq
 from llmq.formats.naming import Rules
 from llmq.formats.stored import shown
 
 _SAME = (("bits", "w_bit", "wbits"), ("group_size", "q_group_size", "groupsize"), ("checkpoint_format", "format"))
 _WRITTEN_BY_ALL = {"quant_method", "meta", "quantizer", "version", "model_name_or_path", "model_file_base_name"}
+_AUTO_ROUND = {
+    *("act_bits", "act_data_type", "act_dynamic", "act_group_size", "act_sym", "amp", "autoround_version", "backend"),
+    *("batch_size", "bits", "block_name_to_quantize", "data_type", "dataset", "desc_act", "enable_minmax_tuning"),
+    *("enable_norm_bias_tuning", "enable_quanted_input", "extra_config", "gradient_accumulate_steps", "group_size"),
+    *("iters", "low_gpu_mem_usage", "lr", "minmax_lr", "model_free", "nsamples", "packing_format", "provider"),
+    *("quant_lm_head", "scale_dtype", "seqlen", "sym", "to_quant_block_names"),
+}  # fmt: skip
 _KNOWN = {
     "gptq": {
         *("bits", "w_bit", "wbits", "group_size", "groupsize", "desc_act", "sym", "lm_head", "checkpoint_format"),
@@ -40,6 +47,8 @@ _KNOWN = {
         *("format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme", "global_compression_ratio"),
         *("sparsity_config", "transform_config", "run_compressed"),
     },
+    "auto-round": _AUTO_ROUND,
+    "intel/auto-round": _AUTO_ROUND,
 }  # fmt: skip
 _SCHEME = {
     *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"),
@@ -68,6 +77,8 @@ def mislabelled(patient: Patient) -> Iterator[Finding]:
         elif kind == "zeros-of-other-version":
             label = "gptq" if patient.layers[found[0][0]].spec.format == "gptq_v2" else "gptq_v2"
             settings = {"checkpoint_format": label, "format": label}
+            if "auto-round" in patient.quantization["quant_method"]:
+                settings = {"packing_format": auto_round.PACKING_OF[label]}
         advice = f"set {shown(settings)}" if whole else "quantize again: the layers differ"
         yield Finding(
             kind, ERROR, tuple(module for module, _ in found), found[0][1], advice, Repair(settings) if whole else None
@@ -105,6 +116,8 @@ def unknown_keys(patient: Patient) -> Iterator[Finding]:
     """Report settings that no known tool writes."""
     config = patient.quantization
     method = config["quant_method"]
+    if method == "llmq":
+        return  # its reader refuses them
     unknown = sorted(set(config) - _KNOWN[method] - _WRITTEN_BY_ALL)
     if unknown:
         yield Finding(

@@ -87,8 +87,11 @@ def _sample(stored: Stored, fetch: Fetch) -> QuantizedWeight:
             if name != "g_idx"
         }
         return format.unpack(tensors, loose)
-    tensors = {name: fetch(name) for name in stored.layout if name not in ("weight_packed", "weight_scale")}
     rows = min(n, max(32, _SAMPLE // k // 32 * 32)) if cut else n
+    if "codes" in stored.layout:
+        tensors = {name: fetch(name, slice(0, rows)) for name in ("codes", "scales", "zeros") if name in stored.layout}
+        return format.unpack(tensors | {"shape": torch.tensor([rows, k])}, spec)
+    tensors = {name: fetch(name) for name in stored.layout if name not in ("weight_packed", "weight_scale")}
     tensors |= {name: fetch(name, slice(0, rows)) for name in ("weight_packed", "weight_scale")}
     tensors["weight_shape"] = torch.tensor([rows, k])
     if "weight_zero_point" in tensors and rows < n:
@@ -161,4 +164,4 @@ def _reordered(x: Tensor, awq: bool) -> Tensor:
 def _turned(x: Tensor, stored: Stored) -> Tensor:
     """Return `x` [N, G] as it is if its memory was written in the other direction."""
     n, groups = x.shape
-    return x.reshape(groups, n).T if "weight_packed" in stored.layout else x.T.reshape(n, groups)
+    return x.T.reshape(n, groups) if "qweight" in stored.layout else x.reshape(groups, n).T

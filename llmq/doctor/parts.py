@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -14,6 +15,7 @@ from llmq.doctor.findings import ERROR, NOTE, WARNING, Finding
 from llmq.doctor.patient import Patient
 from llmq.engines import Result, verdicts
 from llmq.errors import LlmqError
+from llmq.formats import auto_round
 from llmq.formats.naming import Rules
 
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.+)$")
@@ -61,9 +63,13 @@ def dense_inside(patient: Patient) -> Iterator[Finding]:
         return
     dense = [name for name in model.linears if model.parameters.get(f"{name}.weight") and name not in model.packed]
     config = patient.quantization
+    if config["quant_method"] == "llmq":
+        return  # tensors tell what is packed
     if config["quant_method"] == "compressed-tensors":
         wrong = [name for name in dense if name != model.head or not model.tied]
         wrong = [name for name in wrong if _takes(patient, _in_files(model, name))]
+    elif "auto-round" in config["quant_method"]:
+        wrong = sorted(set(dense) - _kept_by_auto_round(patient, dense))
     else:
         local = {_local(name) for name in model.packed}
         wrong = [name for name in dense if _local(name) in local and not _left_out(patient, _in_files(model, name))]
@@ -72,7 +78,7 @@ def dense_inside(patient: Patient) -> Iterator[Finding]:
         if names:
             yield Finding(
                 kind, ERROR, tuple(sorted(names)), "has a dense weight, but the configuration says that it is packed",
-                "readers leave it random; name it in ignore, dynamic or modules_to_not_convert",
+                "readers leave it random; name it in ignore, dynamic, modules_to_not_convert or extra_config",
             )  # fmt: skip
 
 
@@ -122,6 +128,8 @@ def engines(patient: Patient) -> Iterator[Finding]:
         return
     specs = [layer.spec for layer in layers.values()]
     spec = max(specs, key=specs.count) if len(specs) < 2000 else specs[0]
+    if "auto-round" in patient.quantization["quant_method"]:
+        spec = replace(spec, format=auto_round.FORMAT_OF.get(spec.format, spec.format))
     shapes = {m: (layer.stored.out_features, layer.stored.in_features) for m, layer in layers.items() if layer.stored}
     model = _known(patient)
     dense = frozenset(model.linears - set(model.packed) - {model.head}) if model else frozenset()
@@ -180,6 +188,13 @@ def _takes(patient: Patient, module: str) -> bool:
     except LlmqError:
         return False
     return True
+
+
+def _kept_by_auto_round(patient: Patient, modules: list[str]) -> set[str]:
+    try:
+        return auto_round.kept_dense(patient.quantization, modules)
+    except LlmqError:  # said by `unreadable`
+        return set(modules)
 
 
 def _left_out(patient: Patient, module: str) -> bool:

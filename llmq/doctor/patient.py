@@ -152,6 +152,7 @@ class Patient:
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a quantization_config without what it says of single modules, and with one label of its version."""
     left = {"dynamic", "modules_in_block_to_quantize", "ignore", "sparsity_config", "kv_cache_scheme"}
+    left |= {"extra_config", "block_name_to_quantize", "to_quant_block_names"}
     found = {key: value for key, value in config.items() if key not in left}
     if config["quant_method"] == "gptq" and "checkpoint_format" in found:
         found.pop("format", None)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from llmq.formats import awq, compressed_tensors, gptq
+from llmq.formats import auto_round, awq, compressed_tensors, gptq, llmq_layout
 from llmq.formats.stored import Header, Read, Stored, TensorLayout
 from llmq.types import QuantizedWeight, QuantSpec
 
@@ -24,6 +24,8 @@ class Format(Protocol):
     marker: str  # local name of the tensor that every packed layer has: its codes
     parts: tuple[str, ...]  # local names that packed layers may have; no dense layer has the marker
     optional: tuple[str, ...]  # those that a file may lack
+    index: str | None  # local name of what says where columns out of order belong; None: they have to be in order
+    embeddings: bool  # whether loaders of the format take packed embeddings
 
     def refuses(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
         """Return why a layer of this size cannot be stored, or None if it can."""
@@ -64,10 +66,16 @@ FORMATS: dict[str, Format] = {
     "awq": awq,
     "compressed-tensors": compressed_tensors,  # one stream of bits, as since version 0.18
     "compressed-tensors-padded": compressed_tensors,  # whole codes per word, as before
+    "auto-round": auto_round,  # gptq's tensors, version 1
+    "auto-round-v2": auto_round,  # version 2
+    "llmq": llmq_layout,  # our own
 }
 
 METHODS: dict[str, Format] = {  # by quant_method in config.json
     "gptq": gptq,
     "awq": awq,
     "compressed-tensors": compressed_tensors,
+    "auto-round": auto_round,
+    "intel/auto-round": auto_round,  # as AutoRound 0.2 to 0.4 wrote it
+    "llmq": llmq_layout,
 }

@@ -52,6 +52,8 @@ EIGHT = 8  # codes in a word
 marker = "qweight"
 parts: tuple[str, ...] = ("qweight", "qzeros", "scales")
 optional: tuple[str, ...] = ()
+index: str | None = None
+embeddings = False
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output in nibble 0, 1, …
 _MIDDLE = 0x88888888 - 2**32  # a word of symmetric zeros
@@ -87,7 +89,7 @@ def recognize(spec: QuantSpec, header: Header, read: Read) -> Stored:
         CheckpointError: a tensor is missing, or its shape or dtype does not fit the others and `spec`.
     """
     stored = _checked(spec, header)
-    symmetric = spec.symmetric or bool((read("qzeros") == _MIDDLE).all())
+    symmetric = spec.symmetric or is_symmetric(read("qzeros"))
     return replace(stored, spec=replace(stored.spec, symmetric=symmetric))
 
 
@@ -115,14 +117,14 @@ def unpack(tensors: Mapping[str, Tensor], spec: QuantSpec) -> QuantizedWeight:
     """
     stored = _checked(spec, header_of(tensors))
     n, k = stored.out_features, stored.in_features
-    zeros = _unpack_outputs(tensors["qzeros"], n).T.float()
+    zeros = unpack_outputs(tensors["qzeros"], n).T.float()
     if spec.symmetric and not bool((zeros == 2 ** (BITS - 1)).all()):
         raise CheckpointError(
             f"the label says symmetric (zero_point false), whose zeros are stored as 8, but they are "
             f"{int(zeros.min())} to {int(zeros.max())}; set zero_point to true"
         )
     scales = tensors["scales"].T.float().contiguous()
-    codes = _unpack_outputs(tensors["qweight"], n).T.contiguous()
+    codes = unpack_outputs(tensors["qweight"], n).T.contiguous()
     return QuantizedWeight(codes, scales, zeros.contiguous(), UniformGrid(BITS, spec.symmetric), group_columns(spec, k))
 
 
@@ -177,13 +179,18 @@ def _spec(config: Mapping[str, Any]) -> QuantSpec:
     return QuantSpec(bits, group_size, not zero_point, "awq")
 
 
+def is_symmetric(qzeros: Tensor) -> bool:
+    """Return whether all stored zeros, int32 [G, N/8], are the middle code."""
+    return bool((qzeros == _MIDDLE).all())
+
+
 def _pack_outputs(codes: Tensor) -> Tensor:
     """Return int32 words [R, N/8] of uint8 `codes` [R, N]."""
     rows, n = codes.shape
     return bitstream.pack(codes.reshape(rows, n // EIGHT, EIGHT)[:, :, list(_ORDER)].reshape(rows, n), BITS)
 
 
-def _unpack_outputs(words: Tensor, n: int) -> Tensor:
+def unpack_outputs(words: Tensor, n: int) -> Tensor:
     """Return the uint8 codes [R, N] in int32 `words` [R, N/8]."""
     nibbles = bitstream.unpack(words, BITS, n).reshape(len(words), n // EIGHT, EIGHT)
     codes = torch.empty_like(nibbles)

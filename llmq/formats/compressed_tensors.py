@@ -50,6 +50,8 @@ from llmq.types import QuantizedWeight, QuantSpec
 __all__ = [
     "columns",
     "config",
+    "embeddings",
+    "index",
     "layout",
     "marker",
     "optional",
@@ -64,6 +66,8 @@ __all__ = [
 marker = "weight_packed"
 parts: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 optional: tuple[str, ...] = ("weight_zero_point", "weight_g_idx")
+index: str | None = "weight_g_idx"
+embeddings = False
 
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int) -> str | None:

@@ -52,6 +52,8 @@ VERSIONS = {"gptq": 1, "gptq_v2": 2}
 marker = "qweight"
 parts: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 optional: tuple[str, ...] = ("g_idx",)  # the oldest files lack it
+index: str | None = "g_idx"
+embeddings = False
 
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int) -> str | None:
@@ -104,7 +106,7 @@ def pack(weight: QuantizedWeight, spec: QuantSpec, columns: Tensor | None = None
         SpecError: a zero of 0 in version 1, a symmetric layer with other zeros than the middle code, or a scale that
             is not exact in the dtype of the file.
     """
-    zeros = stored_zeros(weight, spec, _stored_minus(spec))
+    zeros = stored_zeros(weight, spec, stored_minus(spec))
     codes = order.back(weight.codes, columns)
     return {
         "qweight": bitstream.pack(codes, spec.bits).T.contiguous(),
@@ -129,7 +131,7 @@ def unpack(tensors: Mapping[str, Tensor], spec: QuantSpec) -> QuantizedWeight:
     sorted_columns = columns(tensors, spec)
     if sorted_columns is not None:
         codes = codes[:, sorted_columns]
-    zeros = bitstream.unpack(tensors["qzeros"], spec.bits, n).T.float() + _stored_minus(spec)
+    zeros = bitstream.unpack(tensors["qzeros"], spec.bits, n).T.float() + stored_minus(spec)
     scales = tensors["scales"].T.float().contiguous()
     grid = UniformGrid(spec.bits, spec.symmetric)
     return QuantizedWeight(codes, scales, zeros.contiguous(), grid, group_columns(spec, k))
@@ -157,12 +159,13 @@ def mislabelled(qzeros: Tensor, spec: QuantSpec) -> str | None:
     fields = bitstream.unpack(qzeros, spec.bits, qzeros.shape[1] * 32 // spec.bits)
     low, high = (int(extreme) for extreme in fields.aminmax())
     middle = 2 ** (spec.bits - 1)
-    own = middle - _stored_minus(spec)
+    own = middle - stored_minus(spec)
     other, its_name = (middle, "gptq_v2") if own != middle else (middle - 1, "gptq")
     if low == high == other:
         return (
             f"the label says {spec.format}, whose symmetric zeros are stored as {own}, but all are {other}, as "
             f'{its_name} stores them; set checkpoint_format and format to "{its_name}"'
+            ", or packing_format to that of it where the label is auto-round"
         )
     if spec.symmetric and not low == high == own:
         return (
@@ -256,6 +259,6 @@ def _check_selected(config: Mapping[str, Any], modules: Sequence[str]) -> None:
             )
 
 
-def _stored_minus(spec: QuantSpec) -> int:
+def stored_minus(spec: QuantSpec) -> int:
     """Return what the stored zero lacks to the true one."""
     return {"gptq": 1, "gptq_v2": 0}[spec.format]

@@ -179,6 +179,8 @@ HEALTHY = [
     ("qwen3_moe", "compressed-tensors", 4, True),
     ("mixtral", "gptq_v2", 4, False),
     ("mixtral", "awq", 4, True),
+    *(("llama", "llmq", bits, sym) for bits, sym in ((3, True), (3, False), (8, False))),
+    ("qwen3_moe", "llmq", 4, False),
 ]
 
 

@@ -22,7 +22,7 @@ def test_every_tool_is_there() -> None:
 def test_a_sound_folder_of_another_tool(name: str) -> None:
     assert [f.line() for f in diagnose(DATA / name) if f.severity != NOTE] == []
     packed = PackedCheckpoint(DATA / name)
-    assert len(packed.layers) == 14
+    assert len(packed.layers) == (7 if name.startswith("autoround-label") else 14)  # blocks differ
     for module in packed.layers:
         assert packed.dequantized(module).std() < 0.2  # weights of standard deviation 0.1 were quantized
     with torch.no_grad():

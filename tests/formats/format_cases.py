@@ -9,7 +9,9 @@ from llmq.formats import FORMATS
 from llmq.grids.uniform import UniformGrid
 from llmq.types import QuantizedWeight, QuantSpec
 
-BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "awq": (4,)}  # others: 2 to 8
+VERSION_1 = ("gptq", "auto-round")  # they store zero - 1
+AS_GPTQ = (*VERSION_1, "gptq_v2", "auto-round-v2")
+BITS = {**dict.fromkeys(AS_GPTQ, (2, 3, 4, 8)), "awq": (4,)}  # others: 2 to 8
 
 
 def bits_of(name: str) -> tuple[int, ...]:
@@ -28,7 +30,7 @@ def random_weight(
     draw = torch.Generator().manual_seed(seed)
     shape = (n, spec.groups(k))
     if lowest_zero is None:
-        lowest_zero = 1 if spec.format == "gptq" else 0
+        lowest_zero = 1 if spec.format in VERSION_1 else 0
     codes = torch.randint(0, 2**spec.bits, (n, k), generator=draw).to(torch.uint8)
     low, high = (-16, 15) if exact else (-100, 100)
     scales = (torch.rand(shape, generator=draw) + 0.5) * 2.0 ** torch.randint(low, high, shape, generator=draw)
@@ -57,9 +59,10 @@ def layers(draw: st.DrawFn, name: str) -> tuple[QuantSpec, int, int, int]:
     group_size = draw(st.sampled_from([32, 64, 128, 16, 48, 1, -1]))
     k = {16: 32, 48: 96, 1: 32, -1: 32}.get(group_size, group_size) * draw(st.integers(1, 3))
     n = 32 * draw(st.integers(1, 3))
-    if not name.startswith("gptq"):
+    if name not in AS_GPTQ:
         n = draw(st.sampled_from([8, 24, 40])) if name == "awq" else draw(st.integers(1, 40))
-        group_size, k = draw(st.sampled_from([(group_size, k), (7, 21), (-1, 33), (-1, 5), (5, 20)]))
+        odd = [(7, 21), (-1, 33), (-1, 5), (5, 20), *([(7, 19), (16, 33), (20, 23)] if name == "llmq" else [])]
+        group_size, k = draw(st.sampled_from([(group_size, k), *odd]))
     if name.endswith("padded"):
         # of as many words as a stream has, these would be read as one
         k = k + 32 - k % 32 if group_size == -1 else group_size * 32

@@ -5,7 +5,7 @@ from itertools import pairwise, permutations
 
 import pytest
 import torch
-from format_cases import assert_same, layers, random_weight
+from format_cases import VERSION_1, assert_same, layers, random_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ def test_any_weight_that_both_take_is_the_same_in_both(first: str, second: str, 
     if FORMATS[second].refuses(there, n, k) is not None:
         return
     # version 1 of gptq alone has no zero of 0
-    weight = random_weight(spec, n, k, seed, lowest_zero=int("gptq" in (first, second)))
+    weight = random_weight(spec, n, k, seed, lowest_zero=int(bool({first, second} & set(VERSION_1))))
     one, _ = read(FORMATS[first].pack(weight, spec), spec)
     two, found = read(FORMATS[second].pack(one, there), there)
     assert_same(two, weight)
@@ -47,6 +47,12 @@ def test_any_weight_that_both_take_is_the_same_in_both(first: str, second: str, 
         (8, True, ["gptq", "compressed-tensors", "gptq"]),
         (8, False, ["gptq_v2", "compressed-tensors", "gptq_v2"]),
         (4, True, ["compressed-tensors", "gptq_v2", "gptq", "compressed-tensors"]),
+        (4, False, ["gptq_v2", "llmq", "awq", "llmq", "gptq_v2"]),
+        (8, False, ["llmq", "gptq_v2", "compressed-tensors", "llmq"]),
+        (3, True, ["compressed-tensors-padded", "llmq", "compressed-tensors-padded"]),
+        (4, True, ["gptq", "auto-round", "awq", "auto-round", "gptq"]),
+        (3, False, ["gptq_v2", "auto-round-v2", "llmq", "gptq_v2"]),
+        (8, True, ["auto-round", "gptq", "compressed-tensors", "auto-round"]),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -116,6 +116,7 @@ def test_symmetric_zeros_of_the_other_version_are_named_and_not_read(name: str, 
     message = (
         f"the label says {name}, whose symmetric zeros are stored as {own}, but all are {seen}, as {other} stores "
         f'them; set checkpoint_format and format to "{other}"'
+        ", or packing_format to that of it where the label is auto-round"
     )
     assert mislabelled(wrong["qzeros"], spec) == message
     with pytest.raises(CheckpointError) as error:
