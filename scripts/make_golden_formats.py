@@ -3,10 +3,12 @@
     PYTHON_WITH_GPTQMODEL_7.7.0 scripts/make_golden_formats.py gptqmodel
     PYTHON_WITH_COMPRESSED_TENSORS_0.19.0 scripts/make_golden_formats.py compressed-tensors
     PYTHON_WITH_COMPRESSED_TENSORS_0.16.0 scripts/make_golden_formats.py compressed-tensors
+    PYTHON_WITH_ONNXRUNTIME_1.31.1 scripts/make_golden_formats.py onnxruntime
 
 Each call writes tests/golden/<package>-<version>.safetensors, whose tensors are named CASE/LOCAL NAME. A case is named
-FORMAT-BITS-sym or -asym, with -order where the columns' groups are out of order. Neither llmq nor its environment is
-needed: a layer is a formula, and what is stored is what the package makes of the dense weight that it stands for.
+FORMAT-BITS-sym or -asym, with -order where the columns' groups are out of order, and -short where the last one is cut
+off. Neither llmq nor its environment is needed: a layer is a formula, and what is stored is what the package makes of
+the dense weight that it stands for.
 """
 
 from __future__ import annotations
@@ -111,11 +113,36 @@ def compressed_tensors() -> dict[str, Tensor]:
     return found
 
 
+def onnxruntime() -> dict[str, Tensor]:
+    from onnxruntime.capi import _pybind_state as native
+
+    found = {}
+    for bits in (2, 4, 8):
+        for symmetric in (True, False):
+            for k in (K, K - GROUP // 2):  # the last block may be short
+                code, zero = codes(bits), zeros(bits, symmetric)
+                # its quantizer finds these very scales and zeros where each block has the lowest and the highest code
+                code[:, 0::GROUP], code[:, 1::GROUP] = 0, 2**bits - 1
+                weight = ((code - zero[:, groups(True)]) * scales().abs()[:, groups(True)])[:, :k].T.contiguous()
+                count = -(-k // GROUP)
+                packed = torch.zeros(N, count, GROUP * bits // 8, dtype=torch.uint8)
+                scale = torch.zeros(N * count)
+                points = torch.zeros(N * -(-count * bits // 8), dtype=torch.uint8)
+                write = getattr(native, f"quantize_matmul_{bits}bits")
+                arrays = (tensor.numpy() for tensor in (packed, weight, scale, points))
+                write(*arrays, GROUP, N, k, symmetric)
+                name = f"onnx-{bits}-{'sym' if symmetric else 'asym'}{'' if k == K else '-short'}"
+                found |= {f"{name}/codes": packed, f"{name}/scales": scale.reshape(N, count)}
+                found |= {} if symmetric else {f"{name}/zero_points": points.reshape(N, -1)}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", choices=["gptqmodel", "compressed-tensors"])
+    parser.add_argument("package", choices=["gptqmodel", "compressed-tensors", "onnxruntime"])
     package = parser.parse_args().package
-    tensors = gptqmodel() if package == "gptqmodel" else compressed_tensors()
+    make = {"gptqmodel": gptqmodel, "compressed-tensors": compressed_tensors, "onnxruntime": onnxruntime}
+    tensors = make[package]()
     writer = f"{package}-{version(package)}"
     save_file(tensors, FOLDER / f"{writer}.safetensors", metadata={"writer": writer})
 

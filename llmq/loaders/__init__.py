@@ -18,6 +18,8 @@ SCRIPTS = {
     "gptqmodel-torch": "use_gptqmodel.py torch",  # with its plain one
     "vllm": "use_vllm.py",
     "llamacpp": "use_llamacpp.py",
+    "auto-round": "use_autoround.py",
+    "onnxruntime": "use_onnxruntime.py",
 }
 
 

@@ -27,16 +27,26 @@ def load(model: str) -> tuple[Any, list[str]]:
         notes.append(f"with CompressedTensorsConfig(dequantize=True) only; by default {reason}")
         dense = transformers.CompressedTensorsConfig(dequantize=True)
         loaded, info = auto.from_pretrained(model, quantization_config=dense, **options)
+    return loaded, notes + remarks(info)
+
+
+def remarks(info: dict[str, Any]) -> list[str]:
+    """Return what transformers says of tensors that it lacks or has no place for."""
+    notes = []
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(map(str, info.get(what) or ()))
         notes += [f"{len(names)} {what.replace('_', ' ')}, {names[0]} for one"] if names else []
-    return loaded, notes
+    return notes
+
+
+def run(model: str, ids: Any, new: int) -> Answer:
+    """Return the logits of `ids` and what follows the first row."""
+    return compute(*load(model), ids, new)
 
 
 @torch.no_grad()
-def run(model: str, ids: Any, new: int) -> Answer:
-    """Return the logits of `ids` and what follows the first row."""
-    loaded, notes = load(model)
+def compute(loaded: Any, notes: list[str], ids: Any, new: int) -> Answer:
+    """Return what a model makes of `ids`, and what follows the first row."""
     loaded.eval()
     tokens = torch.from_numpy(ids)
     logits = loaded(tokens).logits

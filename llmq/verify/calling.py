@@ -19,6 +19,8 @@ from llmq.errors import LlmqError, SpecError
 from llmq.loaders import SCRIPTS, command
 
 _TAIL = 2**16  # bytes of what a process printed that are looked at
+# loaders that read no packed folder: the export that they do read, and its name
+EXPORTED = {"llamacpp": ("gguf", "model.gguf"), "onnxruntime": ("onnx", "onnx")}
 
 
 @dataclass(frozen=True)
@@ -137,19 +139,20 @@ def _why(code: int | None, errors: str, seconds: float) -> str:
 
 
 def with_model(loader: Loader, folder: Path, scratch: Path) -> Path:
-    """Return what `loader` is to load: the packed `folder`, or for llama.cpp a GGUF file made of it in `scratch`.
+    """Return what `loader` is to load: the packed `folder`, or what `EXPORTED` says, made of it in `scratch`.
 
     Raises:
-        LlmqError: such a file cannot be made.
+        LlmqError: such a thing cannot be made.
     """
-    if loader.name != "llamacpp":
+    if loader.name not in EXPORTED:
         return folder
-    from llmq.exports.gguf import export
+    from llmq.exports import EXPORTS
     from llmq.packed import PackedCheckpoint
 
-    target = scratch / "model.gguf"
+    format, name = EXPORTED[loader.name]
+    target = scratch / name
     if not target.exists():
-        export(PackedCheckpoint(folder), target)
+        EXPORTS[format].export(PackedCheckpoint(folder), target)
     return target
 
 

@@ -74,8 +74,8 @@ def _transposed(packed: PackedCheckpoint) -> list[str]:
     infos = {key: packed.info(key) for key in packed}
     banks_apart(model, infos)
     files = {id(layer): module for module, layer in packed.layers.items()}
-    places = placed(model, infos, packed.layers)
-    return [files[id(layer)] for name, layer in places.items() if not isinstance(model.get_submodule(name), nn.Linear)]
+    places, kinds = placed(model, infos, packed.layers), (nn.Linear, nn.Embedding)
+    return [files[id(layer)] for name, layer in places.items() if not isinstance(model.get_submodule(name), kinds)]
 
 
 def folder_of(path: Path) -> CheckpointReader:

