@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import CheckpointError
-from llmq.shards import LARGEST_JSON, DtypeError, Entry, HeaderError, parse_json, read_header, read_tensor
+from llmq.shards import LARGEST_JSON, DtypeError, Entry, HeaderError, parse_json, read_bytes, read_header, read_tensor
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -155,6 +155,44 @@ class CheckpointReader:
                 raise CheckpointError(f"{self.path / INDEX}: tensor {key} is not in {name}; download it again")
 
 
+class ShardReader:
+    """Files whose headers are `infos` (`tensor_infos`), each opened once, until the end of the context."""
+
+    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
+        self._infos = infos
+        self._handles: dict[str, int] = {}
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        _close(self._handles)
+
+    def read(self, name: str) -> Tensor:
+        """Return tensor `name`; errors as for `read_alike`."""
+        return self.read_alike([name])[0]
+
+    def read_alike(self, names: Sequence[str]) -> Tensor:
+        """Return the tensors `names`, all of one shape and dtype, as one with a first dimension more.
+
+        Raises:
+            CheckpointError: one cannot be read.
+        """
+        first = self._infos[names[0]]
+        raw = torch.empty(len(names) * first.nbytes, dtype=torch.uint8, device="cpu")
+        content = raw.numpy().data
+        for number, name in enumerate(names):
+            info = self._infos[name]
+            if info.file not in self._handles:
+                self._handles[info.file] = _open(Path(info.file))
+            at = number * first.nbytes
+            try:
+                read_bytes(self._handles[info.file], content[at : at + first.nbytes], info.offset)
+            except (OSError, HeaderError) as error:
+                raise CheckpointError(f"{info.file}: tensor {name} cannot be read: {error}") from error
+        return raw.view(first.dtype).view(len(names), *first.shape)
+
+
 def resolve(model: str | Path) -> Path:
     """Return the folder of `model`: itself when it exists, else the hub's snapshot of that id, downloaded if needed.
 
@@ -214,11 +252,17 @@ def read_from(infos: Mapping[str, TensorInfo], name: str, rows: slice | None = N
     info = infos[name]
     handle = _open(Path(info.file))
     try:
+        return _read(handle, name, info, rows)
+    finally:
+        os.close(handle)
+
+
+def _read(handle: int, name: str, info: TensorInfo, rows: slice | None = None) -> Tensor:
+    """Return tensor `name`, which is where `info` says, of the open file `handle`."""
+    try:
         return read_tensor(handle, Entry(info.shape, info.dtype, info.nbytes, info.offset), rows)
     except (OSError, HeaderError) as error:
         raise CheckpointError(f"{info.file}: tensor {name} cannot be read: {error}") from error
-    finally:
-        os.close(handle)
 
 
 def _open(path: Path) -> int:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from llmq.card import CARD, CERTIFICATE, Facts, architecture_of, card, card_in, packed_base_of, report_in
 from llmq.checkpoint import LEGACY_CONFIG, QUANTIZATION, resolve, without_quantization
 from llmq.errors import CheckpointError, LlmqError, SpecError
 from llmq.exports import EXPORTS
@@ -23,6 +25,7 @@ from llmq.output import side_files
 from llmq.packed import PackedCheckpoint
 from llmq.places import banks_apart, dense_linears, placed
 from llmq.preflight import model_config
+from llmq.recipe import ASYMMETRIC
 from llmq.report import REPORT
 from llmq.types import QuantizedWeight, QuantSpec
 from llmq.writing import CheckpointWriter, Slot
@@ -62,7 +65,8 @@ def convert(
         source: a packed folder or a hub id.
         output: the folder or file to make.
         format: a row of `llmq.formats.FORMATS` or `llmq.exports.EXPORTS`, or ``dense`` for what the codes stand for,
-            rounded to the dtype of the model. ``gptq`` becomes ``gptq_v2`` where a layer is asymmetric.
+            rounded to the dtype of the model. ``gptq`` becomes ``gptq_v2`` where a layer is asymmetric, and
+            ``auto-round`` becomes ``auto-round-v2``.
         allow_lossy: round scales that the format's dtype does not hold as they are.
         shard_bytes: largest size of one output file.
         force: replace the checkpoint in `output`; not a file.
@@ -95,7 +99,8 @@ def convert(
             for number, module in enumerate(packed.layers):
                 progress("compare", number, len(packed.layers))
                 target.compare(module, writer.read)
-            writer.finish(*target.closing(), _copies(packed))
+            config, files = target.closing()
+            writer.finish(config, {**files, CARD: _card(packed, target)}, _copies(packed))
         except BaseException:
             writer.discard()
             raise
@@ -103,9 +108,11 @@ def convert(
 
 
 def _export(packed: PackedCheckpoint, output: Path, format: str) -> Conversion:
-    """Write one file; see `convert`."""
+    """Write one file, or a folder; see `convert`."""
     EXPORTS[format].export(packed, output)
-    return Conversion(str(packed.path), format, len(packed.layers), _bytes(packed), output.stat().st_size)
+    files = output.iterdir() if output.is_dir() else [output]
+    size = sum(file.stat().st_size for file in files)
+    return Conversion(str(packed.path), format, len(packed.layers), _bytes(packed), size)
 
 
 def _bytes(packed: PackedCheckpoint) -> int:
@@ -135,8 +142,21 @@ def _write(
 def _copies(packed: PackedCheckpoint) -> list[Path]:
     """Return the files to copy: tokenizer and the like, and the report of how the codes were made."""
     report = packed.path / REPORT
-    copies = [path for path in side_files(packed)[0] if path.name != LEGACY_CONFIG]
+    copies = [path for path in side_files(packed)[0] if path.name not in (LEGACY_CONFIG, CERTIFICATE)]
     return [*copies, report] if report.is_file() else copies
+
+
+def _card(packed: PackedCheckpoint, target: _Target) -> str:
+    """Return the model card of what layers become, with what is known of how their codes were made."""
+    specs = {} if target.format == DENSE else packed.specs
+    facts = Facts(
+        packed_base_of(card_in(packed.path)),
+        architecture_of(packed.config),
+        {module: replace(spec, format=target.format) for module, spec in specs.items()},
+        {module: layer.shape for module, layer in packed.layers.items()},
+        report=report_in(packed.path),
+    )
+    return card(facts, card_in(packed.path))
 
 
 class _Target(Protocol):
@@ -175,7 +195,7 @@ def _target(packed: PackedCheckpoint, format: str, *, allow_lossy: bool) -> _Tar
     if format not in FORMATS:
         raise SpecError(f"unknown format {format!r}; there are {', '.join([*FORMATS, *EXPORTS, DENSE])}")
     symmetric = all(spec.symmetric for spec in packed.specs.values())
-    return _Packed(packed, "gptq_v2" if format == "gptq" and not symmetric else format, allow_lossy=allow_lossy)
+    return _Packed(packed, format if symmetric else ASYMMETRIC.get(format, format), allow_lossy=allow_lossy)
 
 
 class _Packed:
@@ -193,12 +213,17 @@ class _Packed:
         spec, (n, k) = self._spec(module), self._packed.layers[module].shape
         if refusal := self._layout.refuses(spec, n, k):
             raise SpecError(f"{module}: {refusal}")
+        model, names = self._places
+        if not self._layout.embeddings and isinstance(model.get_submodule(names[module]), nn.Embedding):
+            raise SpecError(
+                f"{module}: is a packed embedding, which {self.format} has no place for; use --format llmq, or "
+                "--dequantize"
+            )
         found = {name: Slot(*tensor) for name, tensor in self._layout.layout(spec, n, k).items()}
         if self._packed.columns(module) is not None:
-            index = next((part for part in self._layout.parts if part.endswith("g_idx")), None)
-            if index is None:
+            if self._layout.index is None:
                 raise SpecError(f"{module}: has an index of groups (act-order), which {self.format} has no place for")
-            found[index] = Slot((k,), torch.int32)
+            found[self._layout.index] = Slot((k,), torch.int32)
         return {f"{module}.{name}": slot for name, slot in found.items()}
 
     def tensors(self, module: str) -> tuple[dict[str, Tensor], float]:
@@ -212,7 +237,7 @@ class _Packed:
             raise SpecError(
                 f"{module}: {self.format} stores scales as {name}, which changes some of these by up to {change:.1e} "
                 "of their size; pass --allow-lossy to round them, or choose a format with wider scales "
-                "(compressed-tensors)"
+                "(compressed-tensors, llmq)"
             )
         if change:
             self._changed[module] = rounded
@@ -229,15 +254,14 @@ class _Packed:
         there, order = self._layout.unpack(tensors, spec), self._layout.columns(tensors, spec)
         weight, columns = self._packed.take(module)
         expected = replace(weight, scales=self._changed.get(module, weight.scales))
-        if not (_same(there, expected) and (columns is None) == (order is None)) or (
-            columns is not None and order is not None and not torch.equal(columns, order)
-        ):
+        k = self._packed.layers[module].shape[1]
+        if not _same(there, expected) or not torch.equal(_inputs(order, k), _inputs(columns, k)):
             raise CheckpointError(f"{module}: what was written is not what was read; this is a fault in llmq or a disk")
 
     def closing(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return config.json, and quantize_config.json where tools look for it; see `_Target`."""
         packed = self._packed
-        model, names = _placed(packed)
+        model, names = self._places
         specs = {names[module]: self._spec(module) for module in packed.layers}
         quantization = self._layout.config(specs, dense_linears(model.config, specs))
         if isinstance(made := packed.quantization.get("meta"), dict):
@@ -246,9 +270,14 @@ class _Packed:
         legacy = {LEGACY_CONFIG: quantization} if quantization["quant_method"] == "gptq" else {}
         return config, legacy
 
+    @cached_property
+    def _places(self) -> tuple[PreTrainedModel, dict[str, str]]:
+        return _placed(self._packed)
+
     def _spec(self, module: str) -> QuantSpec:
         spec = self._packed.layers[module].stored.spec
-        dtype = spec.scale_dtype if self.format.startswith("compressed-tensors") else torch.float16
+        any_dtype = self.format.startswith(("compressed-tensors", "llmq"))
+        dtype = spec.scale_dtype if any_dtype else torch.float16
         return replace(spec, format=self.format, scale_dtype=dtype)
 
 
@@ -262,7 +291,7 @@ class _Dense:
         floats = [packed.info(key) for key in packed.dense if packed.info(key).dtype.is_floating_point]
         self._dtype = max(floats, key=lambda info: info.nbytes).dtype if floats else torch.float16
         model, names = _placed(packed)
-        self._transposed = {m for m, name in names.items() if not isinstance(model.get_submodule(name), nn.Linear)}
+        self._transposed = {m for m, name in names.items() if _is_transposed(model.get_submodule(name))}
 
     def slots(self, module: str) -> dict[str, Slot]:
         """Return the tensors of a layer in the output; see `_Target`."""
@@ -292,6 +321,16 @@ def _placed(packed: PackedCheckpoint) -> tuple[PreTrainedModel, dict[str, str]]:
     banks_apart(model, infos)
     by_layer = {id(layer): name for name, layer in placed(model, infos, packed.layers).items()}
     return model, {module: by_layer[id(layer)] for module, layer in packed.layers.items()}
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether a module keeps its weight as [K, N]."""
+    return not isinstance(module, (nn.Linear, nn.Embedding))
+
+
+def _inputs(columns: Tensor | None, k: int) -> Tensor:
+    """Return which input each of `k` columns belongs to: some formats store an order that moves nothing."""
+    return torch.arange(k) if columns is None else columns
 
 
 def _same(a: QuantizedWeight, b: QuantizedWeight) -> bool:

@@ -164,6 +164,7 @@ def _in_block(name: str) -> str:
 
 _ALL = dict.fromkeys((2, 3, 4, 8), False)
 _FOUR = {4: False}
+_SYMMETRIC = dict.fromkeys((2, 3, 4, 8), True)
 
 ENGINES = (
     # whatever is in llmq.formats, as llmq.hf loads it
@@ -187,6 +188,15 @@ ENGINES = (
         "compressed-tensors unless dequantize=True is passed (docs/formats.md)",
     ),
     Engine(
+        "transformers with AutoRound 0.16",
+        (
+            # its own torch layers, in inference/backend.py: zero - 1 of symmetric grids only, the zero itself of all
+            _takes({"auto-round": _SYMMETRIC, "auto-round-v2": _ALL}),
+            _whole_words,
+        ),
+        note="computes in float16 on a CPU",
+    ),
+    Engine(
         "vLLM 0.33",
         (
             # of GPTQ two, whose qzeros it drops if symmetric: both versions are the same to it (FORMATS 1.1)
@@ -196,6 +206,7 @@ ENGINES = (
                     "gptq_v2": {4: True, 8: True},
                     "awq": _FOUR,  # FORMATS 1.2
                     "compressed-tensors": _ALL,  # FORMATS 1.3
+                    "auto-round": {4: True, 8: True},  # as gptq, in quantization/inc; version 2 is refused
                 }
             ),
             _fused_alike,  # one quantization per joined linear (FORMATS 1.3, complaint 20)

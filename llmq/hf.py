@@ -11,27 +11,31 @@ missing, left over or of the wrong shape is an error, where transformers alone w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmq.checkpoint import CheckpointReader, read_from, resolve, tensor_infos
+from llmq.checkpoint import CheckpointReader, ShardReader, TensorInfo, resolve, tensor_infos
+from llmq.embedding import QuantEmbedding, TiedHead, pack_embedding_
 from llmq.errors import CheckpointError, SpecError
 from llmq.families import auto_class
+from llmq.filling import Unread, prepare_
 from llmq.formats import METHODS
 from llmq.moe import Bank, fuse_, merges
 from llmq.names import file_names
 from llmq.nn import QuantLinear
-from llmq.packed import packed_layers
+from llmq.packed import PackedLayer, packed_layers
 from llmq.places import banks_apart, placed
+from llmq.publishing import publish_with_card_
 
 
 def load(
@@ -65,9 +69,8 @@ def load(
 def enable() -> None:
     """Let llmq load packed checkpoints in this process; importing the module does it."""
     for method in METHODS:
-        _PREVIOUS.setdefault(
-            method, (auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method], auto.AUTO_QUANTIZER_MAPPING[method])
-        )
+        if method not in _PREVIOUS:
+            _PREVIOUS[method] = tuple(table.get(method) for table in _tables())
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = StoredConfig
         auto.AUTO_QUANTIZER_MAPPING[method] = PackedQuantizer
     if find_spec("peft") is not None:
@@ -78,22 +81,32 @@ def enable() -> None:
 
 def disable() -> None:
     """Give packed checkpoints back to transformers' own loaders."""
-    for method, (config, quantizer) in _PREVIOUS.items():
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config
-        auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
+    for method, rows in _PREVIOUS.items():
+        for table, row in zip(_tables(), rows, strict=True):
+            if row is None:
+                table.pop(method, None)
+            else:
+                table[method] = row
     if find_spec("peft") is not None:
         from llmq import lora
 
         lora.disable()
 
 
+def _tables() -> tuple[dict[str, Any], dict[str, Any]]:
+    return auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
+
+
 def reads(config: dict[str, Any]) -> bool:
-    """Return whether llmq loads folders with this quantization_config; those of gptq are never left to others."""
+    """Return whether llmq loads folders with this quantization_config.
+
+    Those of gptq, and of methods that transformers does not know, are never left to others.
+    """
     method = config["quant_method"]
     try:
         METHODS[method].specs(config, [])
     except CheckpointError:
-        return bool(method == "gptq")
+        return bool(method == "gptq") or _PREVIOUS[method][0] is None
     return True
 
 
@@ -111,6 +124,10 @@ class StoredConfig(QuantizationConfigMixin):
             return cls(**config_dict)
         own = _PREVIOUS[config_dict["quant_method"]][0]
         return own.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredConfig:
+        # transformers copies configurations a dozen times while it loads; nobody changes this one
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json gets."""
@@ -133,14 +150,18 @@ class PackedQuantizer(HfQuantizer):
         method = quantization_config.quant_method
         return _PREVIOUS[getattr(method, "value", method)][1](quantization_config, **kwargs)
 
+    def __getnewargs__(self) -> tuple[QuantizationConfigMixin]:
+        return (self.quantization_config,)  # for copies of a model, which has its quantizer
+
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._banks: dict[str, Bank] = {}  # of experts that are packed
+        self._unread: Unread | None = None
 
     @property
     def is_trainable(self) -> bool:
-        """Whether packed weights can be trained: no."""
-        return False
+        """Whether adapters can be trained on packed weights: yes. The weights themselves stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -154,6 +175,20 @@ class PackedQuantizer(HfQuantizer):
         """Whether `save_pretrained` works: yes, with the tensors that were loaded."""
         return True
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse device maps that would bring weights to a device for each call.
+
+        Raises:
+            SpecError: parts are on disk, or on a CPU beside GPUs.
+        """
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            where = "on disk" if "disk" in places else f"on the CPU, beside {', '.join(sorted(places - {'cpu'}))}"
+            raise SpecError(
+                f"device_map puts parts of a packed model {where}; packed layers run where they are: allow more memory "
+                '(max_memory), use more GPUs, or load all of it with device_map="cpu"'
+            )
+
     def _process_model_before_weight_loading(
         self,
         model: PreTrainedModel,
@@ -162,30 +197,48 @@ class PackedQuantizer(HfQuantizer):
         device_map: Any = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise SpecError("device_map puts packed layers on disk; give them memory on a CPU or GPU")
         infos = tensor_infos(checkpoint_files or [])
         banks = banks_apart(model, infos)
-        layers = packed_layers(self.quantization_config.stored, infos, lambda name: read_from(infos, name))
-        for name, layer in placed(model, infos, layers).items():
+        with ShardReader(infos) as reader:
+            layers = packed_layers(self.quantization_config.stored, infos, reader.read)
+        places = placed(model, infos, layers)
+        device = _only_device(device_map)
+        for name, layer in places.items():
+            if isinstance(model.get_submodule(name), nn.Embedding):
+                pack_embedding_(model, name, layer.stored, dtype or torch.float32, empty=device is not None)
+                continue
             parent_name, _, local = name.rpartition(".")
             bias = getattr(model.get_submodule(name), "bias", None) is not None
             n, k = layer.shape
-            stored = layer.stored
-            new = QuantLinear(k, n, stored.spec, bias=bias, dtype=dtype or torch.float32, layout=stored.layout)
+            spec, layout = layer.stored.spec, layer.stored.layout
+            buffers = "meta" if device is None else None
+            new = QuantLinear(k, n, spec, bias=bias, dtype=dtype or torch.float32, layout=layout, device=buffers)
             setattr(model.get_submodule(parent_name), local, new)
-        missing = set(model.state_dict()) - set(file_names(model, infos)) - set(model.all_tied_weights_keys)
-        optional = model._keys_to_ignore_on_load_missing or []
-        missing = {name for name in missing if not any(re.search(pattern, name) for pattern in optional)}
-        if missing:
-            where = _where(checkpoint_files)
-            raise CheckpointError(f"{where}: tensor {min(missing)} is missing ({len(missing)} in all)")
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)  # a head with codes of its own is tied to nothing
+        self._check_dense(model, infos, places, _where(checkpoint_files))
+        if device is not None:
+            self._unread = Unread(infos, places, device)
+            _ignored(model).add(self._unread.pattern)
+        publish_with_card_(model, Path(_where(checkpoint_files)), places)
         if any(isinstance(module, QuantLinear) for bank in banks.values() for module in bank.modules()):
             self._banks = banks
         else:  # dense experts are transformers' own business
             for name, bank in banks.items():
                 fuse_(model, bank, name)
         return model
+
+    def _check_dense(
+        self, model: PreTrainedModel, infos: Mapping[str, TensorInfo], places: Mapping[str, PackedLayer], where: str
+    ) -> None:
+        """Check that the files have all tensors of the model that belong to no packed layer."""
+        owned = {key for layer in places.values() for key in layer.keys.values()}
+        packed = {f"{name}.{local}" for name, layer in places.items() for local in layer.keys}
+        there = file_names(model, [key for key in infos if key not in owned])
+        missing = set(model.state_dict()) - packed - set(there) - set(model.all_tied_weights_keys)
+        optional = model._keys_to_ignore_on_load_missing or []
+        missing = {name for name in missing if not any(re.search(pattern, name) for pattern in optional)}
+        if missing:
+            raise CheckpointError(f"{where}: tensor {min(missing)} is missing ({len(missing)} in all)")
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Return the conversions between files and model, without those that would merge experts that are packed."""
@@ -194,18 +247,40 @@ class PackedQuantizer(HfQuantizer):
         return updated
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name, module in model.named_modules():
-            if isinstance(module, QuantLinear):
-                try:
-                    module.prepare_(model.dtype)
-                except CheckpointError as error:
-                    raise CheckpointError(f"{name}: {error}") from error
+        dtype = model.dtype
+        if self._unread is not None:
+            _ignored(model).discard(self._unread.pattern)
+            self._unread.read_(model, dtype)
+            self._unread = None
+        else:
+            for name, module in model.named_modules():
+                if isinstance(module, (QuantLinear, QuantEmbedding)):
+                    prepare_(module, name, dtype)
+        for module in model.modules():  # after the embeddings, of which they are made
+            if isinstance(module, TiedHead):
+                module.prepare_(dtype)
         return model
+
+
+def _only_device(device_map: Any) -> torch.device | None:
+    """Return the one device that a model is loaded to, or None where several are possible, or none is real."""
+    places = {"cpu"} if device_map is None else set(device_map.values()) if isinstance(device_map, dict) else set()
+    if len(places) != 1:
+        return None
+    device = torch.device(places.pop())
+    return None if device.type == "meta" else device
+
+
+def _ignored(model: PreTrainedModel) -> set[str]:
+    """Return the expressions for tensors of files that `model` does not miss; the set is the model's own."""
+    found: Any = model._keys_to_ignore_on_load_unexpected
+    assert isinstance(found, set), "transformers makes it when it makes a model"
+    return found
 
 
 def _where(files: Iterable[str] | None) -> str:
     return str(Path(next(iter(files or ["checkpoint"]))).parent)
 
 
-_PREVIOUS: dict[str, tuple[Any, Any]] = {}
+_PREVIOUS: dict[str, tuple[Any, ...]] = {}  # configuration and quantizer of each method; None: there was none
 enable()

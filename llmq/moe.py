@@ -167,6 +167,11 @@ class Entry(NamedTuple):
     reference: Tensor | None  # as `hidden`, in the original model
 
 
+def has_fused(model: nn.Module) -> bool:
+    """Return whether a module of `model` holds fused experts that `unfuse_` takes apart."""
+    return any(_is_fused(module) for module in model.modules())
+
+
 def unfuse_(model: PreTrainedModel) -> dict[str, Bank]:
     """Put a bank in the place of every fused module of experts, and return the banks by name.
 

@@ -1,14 +1,14 @@
 """`QuantLinear`: a linear layer whose weight stays packed.
 
 It has two states. As made, its buffers are the tensors of the checkpoint, under the checkpoint's names, so that a
-loader fills them like any others. `prepare_` hands them to the best kernel, which keeps the weight in an arrangement
-of its own; the checkpoint's tensors are gone from then on, and come back, exactly, whenever somebody saves, loads or
-moves the module.
+loader fills them like any others, or it has none until `fill_` gives them. `prepare_` hands them to the best kernel,
+which keeps the weight in an arrangement of its own; the checkpoint's tensors are gone from then on, and come back,
+exactly, whenever somebody saves, loads or moves the module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import ops
-from llmq.formats import FORMATS, TensorLayout
+from llmq.formats import FORMATS, TensorLayout, streams
 from llmq.types import QuantizedWeight, QuantSpec
 
 
@@ -29,7 +29,8 @@ class QuantLinear(nn.Module):
         spec: bits, groups and format of the weight.
         bias: whether there is one, [N] of `dtype`.
         dtype: dtype of the bias and of the activations that are expected.
-        device: where the buffers are made; they are not initialized.
+        device: where the buffers are made, not initialized. None: there are none before `fill_`; until then a state
+            dict has no weight of the layer.
         layout: the tensors of a foreign file, if they are not those that llmq would write.
     """
 
@@ -41,26 +42,28 @@ class QuantLinear(nn.Module):
         *,
         bias: bool,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "meta",
+        device: torch.device | str | None = "meta",
         layout: TensorLayout | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         layout = layout or FORMATS[spec.format].layout(spec, out_features, in_features)
-        for name, (shape, stored) in layout.items():
-            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
-        )
-        self.register_buffer("placeholder", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        if device is not None:
+            for name, (shape, stored) in layout.items():
+                self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
+        self.bias = None
+        if bias:
+            made = torch.empty(out_features, dtype=dtype, device=device or "meta")
+            self.bias = nn.Parameter(made, requires_grad=False)
         self.stored = layout
+        self._like = torch.empty(0, dtype=dtype, device="cpu")  # no buffer: loaders would have work with each
         self.kernel: str | None = None  # row of ops.KERNELS that holds the weight; None: the checkpoint's tensors do
         self._dtype: torch.dtype | None = None  # of the activations that the kernel was chosen for
 
     @property
     def weight(self) -> Tensor:
         """Nothing, of the layer's dtype and on its device, for models that ask their linears for these."""
-        empty = self.get_buffer("placeholder")
+        empty = self._like.to(self._device())
         empty._is_hf_initialized = True  # type: ignore[attr-defined]  # some want to fill it with random numbers
         return empty
 
@@ -84,20 +87,44 @@ class QuantLinear(nn.Module):
     @torch.no_grad()
     def prepare_(self, dtype: torch.dtype) -> None:
         """Arrange the weight for the best kernel on this device and activations of `dtype`."""
-        device = self.get_buffer(next(iter(self.stored))).device if self.kernel is None else self._packed()[0].device
-        kernel = ops.choose(self.layer, device, dtype)
+        layer = self.layer
+        kernel = ops.choose(layer, self._device(), dtype)
         if kernel != self.kernel or (dtype != self._dtype and kernel != "reference"):
-            weight, order = self.quantized_weight(), self.columns()
-            packed = ops.KERNELS[kernel].pack(weight, self.layer, dtype)
+            stream, order = self._stream()
+            packed = ops.KERNELS[kernel].pack(stream, layer, dtype)
+            exact = stream.scales if ops.rounds(kernel, stream.scales, dtype) else None
             self._drop(tuple(self.stored) if self.kernel is None else self._kernel_names())
-            if order is not None:
-                self.register_buffer("order", order, persistent=False)
-            if kernel != "reference" and not torch.equal(weight.scales, weight.scales.to(dtype).float()):
-                # scales of a foreign file that the kernel had to round: kept for saving what was loaded
-                self.register_buffer("exact_scales", ops.exact(weight.scales), persistent=False)
-            for position, tensor in enumerate(packed):
-                self.register_buffer(f"packed_{position}", tensor, persistent=False)
+            self.hold_(kernel, dtype, packed, exact, order)
         self.kernel, self._dtype = kernel, dtype
+
+    def hold_(
+        self,
+        kernel: str,
+        dtype: torch.dtype,
+        packed: Sequence[Tensor],
+        exact_scales: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        """Take the weight in a kernel's arrangement; the layer has no other.
+
+        Args:
+            kernel: row of `ops.KERNELS`.
+            dtype: of the activations that it was chosen for.
+            packed: what the row's `pack` returned.
+            exact_scales: scales [N, G] of a foreign file that the kernel had to round, for saving what was loaded.
+            order: which input each column belongs to, int64 [K]; None: they are in order.
+        """
+        tensors = {"order": order, "exact_scales": exact_scales}
+        tensors |= {f"packed_{position}": tensor for position, tensor in enumerate(packed)}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self.register_buffer(name, tensor, persistent=False)
+        self.kernel, self._dtype = kernel, dtype
+
+    def fill_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the checkpoint's `tensors`, by their local names, as the buffers of a layer that was made `empty`."""
+        for name in self.stored:
+            self.register_buffer(name, tensors[name])
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -132,10 +159,23 @@ class QuantLinear(nn.Module):
             f"bits={spec.bits}, group_size={spec.group_size}, sym={spec.symmetric}, kernel={self.kernel}"
         )
 
-    def _stored(self) -> dict[str, Tensor]:
-        """Return the checkpoint's tensors, whoever holds the weight now."""
+    def _stream(self) -> tuple[streams.Stream, Tensor | None]:
+        """Return the weight for a kernel, and what `columns` does."""
         if self.kernel is None:
-            return {name: self.get_buffer(name) for name in self.stored}
+            stream = streams.from_stored(self._stored(), self.spec, self.in_features)
+            if stream is not None:
+                return stream, None
+        return streams.of(self.quantized_weight(), self.spec.bits, symmetric=self.spec.symmetric), self.columns()
+
+    def _device(self) -> torch.device:
+        """Return where the weight is."""
+        tensor = next(iter(self._buffers.values()), None)
+        return self._like.device if tensor is None else tensor.device
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Return the checkpoint's tensors, whoever holds the weight now; none of them before `fill_`."""
+        if self.kernel is None:
+            return {name: self.get_buffer(name) for name in self.stored if name in self._buffers}
         tensors = FORMATS[self.spec.format].pack(self.quantized_weight(), self.spec, self.columns())
         return {name: tensors[name].to(dtype) for name, (_, dtype) in self.stored.items()}
 
@@ -157,9 +197,8 @@ class QuantLinear(nn.Module):
         self.restore_()
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._like = fn(self._like)
         for name, old in before.items():
-            if name == "placeholder":
-                continue
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)

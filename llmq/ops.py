@@ -7,9 +7,10 @@ can still be saved as it was read. Rows stand in order of preference; the last o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,11 @@ from torch.nn.functional import linear
 
 from llmq.errors import KernelError
 from llmq.formats import bits as bitstream
+from llmq.formats.streams import Stream
 from llmq.grids.uniform import UniformGrid
 from llmq.types import QuantizedWeight
+
+_SLAB = 2**22  # weights that a gradient dequantizes at a time
 
 
 class Layer(NamedTuple):
@@ -35,9 +39,13 @@ class Kernel(NamedTuple):
     """One row of `KERNELS`; the docstring of each function's result says what it needs to."""
 
     refuses: Callable[[Layer, torch.device, torch.dtype], str | None]  # why it cannot run the layer, or None
-    pack: Callable[[QuantizedWeight, Layer, torch.dtype], list[Tensor]]  # its arrangement of the weight
-    unpack: Callable[[list[Tensor], Layer], QuantizedWeight]  # the inverse
+    pack: Callable[[Stream, Layer, torch.dtype], list[Tensor]]  # its arrangement of the weight
+    unpack: Callable[[list[Tensor], Layer], QuantizedWeight]  # and back
     matmul: Callable[[Tensor, list[Tensor], Tensor | None, Layer], Tensor]  # x [M, K] -> [M, N]
+    # which dimension of each packed tensor is that of the outputs, so that layers one above the other can be packed at
+    # once and divided; None: they cannot
+    outputs: tuple[int, ...] | None = None
+    rows: int = 1  # outputs of each of these layers have to be a multiple of this
 
 
 def choose(layer: Layer, device: torch.device, dtype: torch.dtype) -> str:
@@ -53,6 +61,11 @@ def choose(layer: Layer, device: torch.device, dtype: torch.dtype) -> str:
             return name
         reasons.append(f"{name}: {reason}")
     raise KernelError(f"no kernel runs {layer} on {device} in {dtype} ({'; '.join(reasons)})")
+
+
+def rounds(kernel: str, scales: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether row `kernel` had to round `scales` for activations of `dtype`."""
+    return kernel != "reference" and not torch.equal(scales, scales.to(dtype).to(scales.dtype))
 
 
 @torch.library.custom_op("llmq::quant_matmul", mutates_args=())
@@ -89,27 +102,92 @@ def _(  # noqa: PLR0913
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+@torch.library.custom_op("llmq::quant_matmul_input_grad", mutates_args=())
+def quant_matmul_input_grad(
+    grad: Tensor,
+    packed: list[Tensor],
+    kernel: str,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    in_features: int,
+) -> Tensor:
+    """Return ``grad @ W`` [..., K], of the dtype of `grad` [..., N]; the rest as in `quant_matmul`.
+
+    Besides the codes, a byte each, W is there some columns at a time.
+    """
+    layer = Layer(bits, group_size, symmetric, grad.shape[-1], in_features)
+    weight = KERNELS[kernel].unpack(packed, layer)
+    rows = grad.reshape(-1, grad.shape[-1])
+    found = rows.new_empty(len(rows), in_features)
+    for start, columns in _slabs(weight):
+        found[:, start : start + columns.shape[1]] = rows @ columns.to(rows.dtype)
+    return found.reshape(*grad.shape[:-1], in_features)
+
+
+@quant_matmul_input_grad.register_fake
+def _(
+    grad: Tensor,
+    packed: list[Tensor],
+    kernel: str,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    in_features: int,
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, bias, kernel, bits, group_size, symmetric, _ = inputs
+    ctx.save_for_backward(*packed)
+    ctx.plain = (kernel, bits, group_size, symmetric, x.shape[-1])
+    ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x_dtype, bias_dtype = ctx.dtypes
+    grad_x = grad_bias = None
+    packed = list(ctx.saved_tensors)
+    if ctx.needs_input_grad[0]:
+        grad_x = quant_matmul_input_grad(grad.contiguous(), packed, *ctx.plain).to(x_dtype)
+    if bias_dtype is not None and ctx.needs_input_grad[2]:
+        grad_bias = grad.flatten(0, -2).sum(0).to(bias_dtype)
+    return (grad_x, [None] * len(packed), grad_bias, None, None, None, None, None)
+
+
+quant_matmul.register_autograd(_backward, setup_context=_setup)
+
+
+def _slabs(weight: QuantizedWeight) -> Iterator[tuple[int, Tensor]]:
+    """Yield a weight [N, K] some columns at a time, float32 [N, S], each time with the number of the first."""
+    n, k = weight.codes.shape
+    size = weight.group_size
+    step = max(1, _SLAB // n)
+    if step >= size:
+        step -= step % size
+    else:  # within a group
+        step = next(width for width in range(step, 0, -1) if size % width == 0)
+    for start in range(0, k, step):
+        stop = min(start + step, k)
+        groups = slice(start // size, -(-stop // size))
+        codes, scales, zeros = weight.codes[:, start:stop], weight.scales[:, groups], weight.zeros[:, groups]
+        yield start, replace(weight, codes=codes, scales=scales, zeros=zeros).dequantize()
+
+
 def _reference_matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
     weight = _reference_unpack(packed, layer).dequantize().to(x.dtype)
     return linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def _reference_pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+def _reference_pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
     """Return codes as a stream along the inputs, the scales and, where they are not all the middle code, the zeros."""
-    packed = [bitstream.pack(weight.codes, layer.bits), exact(weight.scales)]
-    wide = torch.uint8 if layer.bits < 8 else torch.int16  # version 1 of the gptq format has zeros up to 2^bits
-    return packed if layer.symmetric else [*packed, weight.zeros.to(wide)]
+    return [tensor for tensor in stream if tensor is not None]
 
 
 def _reference_unpack(packed: list[Tensor], layer: Layer) -> QuantizedWeight:
     codes = bitstream.unpack(packed[0], layer.bits, layer.in_features)
     return _weight(codes, packed[1], None if layer.symmetric else packed[2], layer)
-
-
-def exact(scales: Tensor) -> Tensor:
-    """Return float32 `scales` in the first of float16, bfloat16 and float32 that holds all of them as they are."""
-    small = (scales.to(dtype) for dtype in (torch.float16, torch.bfloat16))
-    return next((s for s in small if torch.equal(s.float(), scales)), scales)
 
 
 def _weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, layer: Layer) -> QuantizedWeight:
@@ -120,6 +198,11 @@ def _weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, layer: Layer) -
     return QuantizedWeight(codes, scales.float(), zeros.float(), grid, layer.group_size)
 
 
+def _codes(stream: Stream, layer: Layer) -> Tensor:
+    """Return the codes of a stream, uint8 [N, K]."""
+    return bitstream.unpack(stream.words, layer.bits, layer.in_features)
+
+
 def _cpu_int4_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
     from llmq_kernels import cpu
 
@@ -128,10 +211,10 @@ def _cpu_int4_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) ->
     return cpu.int4_refuses(layer.out_features, layer.in_features, layer.bits, layer.group_size, dtype)
 
 
-def _cpu_int4_pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+def _cpu_int4_pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
     from llmq_kernels import cpu
 
-    return list(cpu.pack_int4(weight.codes, weight.scales, weight.zeros, layer.group_size))
+    return list(cpu.pack_int4_stream(stream.words, stream.scales, stream.zeros, layer.group_size))
 
 
 def _cpu_int4_unpack(packed: list[Tensor], layer: Layer) -> QuantizedWeight:
@@ -158,10 +241,10 @@ def _cpu_int8_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) ->
     return cpu.int8_refuses(layer.out_features, layer.in_features, layer.bits, layer.group_size, dtype)
 
 
-def _cpu_int8_pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+def _cpu_int8_pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
     from llmq_kernels import cpu
 
-    return list(cpu.pack_int8(weight.codes, weight.scales, weight.zeros))
+    return list(cpu.pack_int8(_codes(stream, layer), stream.scales, None))
 
 
 def _cpu_int8_unpack(packed: list[Tensor], layer: Layer) -> QuantizedWeight:
@@ -189,9 +272,10 @@ def _triton(module: str) -> Kernel:
         n, k, bits = layer.out_features, layer.in_features, layer.bits
         return _reason(import_module(module).refuses(n, k, bits, layer.group_size, dtype))
 
-    def pack(weight: QuantizedWeight, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-        zeros = None if layer.symmetric else weight.zeros
-        packed = import_module(module).pack(weight.codes, weight.scales, zeros, layer.group_size, dtype)
+    def pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+        codes, scales = _codes(stream, layer), stream.scales.float()
+        zeros = None if stream.zeros is None else stream.zeros.float()
+        packed = import_module(module).pack(codes, scales, zeros, layer.group_size, dtype)
         return list(packed.tensors())
 
     def unpack(packed: list[Tensor], layer: Layer) -> QuantizedWeight:
@@ -216,9 +300,9 @@ def _always(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | Non
 
 
 KERNELS: dict[str, Kernel] = {
-    "cpu_int4pack": Kernel(_cpu_int4_refuses, _cpu_int4_pack, _cpu_int4_unpack, _cpu_int4_matmul),
-    "cpu_int8pack": Kernel(_cpu_int8_refuses, _cpu_int8_pack, _cpu_int8_unpack, _cpu_int8_matmul),
+    "cpu_int4pack": Kernel(_cpu_int4_refuses, _cpu_int4_pack, _cpu_int4_unpack, _cpu_int4_matmul, (0, 1), 64),
+    "cpu_int8pack": Kernel(_cpu_int8_refuses, _cpu_int8_pack, _cpu_int8_unpack, _cpu_int8_matmul, (0, 0)),
     "triton_w4a16": _triton("llmq_kernels.w4a16"),
     "triton_w8a16": _triton("llmq_kernels.w8a16"),
-    "reference": Kernel(_always, _reference_pack, _reference_unpack, _reference_matmul),
+    "reference": Kernel(_always, _reference_pack, _reference_unpack, _reference_matmul, (0, 0, 0)),
 }

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from llmq import environment
+from llmq.card import CARD, Facts, architecture_of, base_of, card, card_in
 from llmq.checkpoint import CONFIG, FOREIGN_WEIGHTS, INDEX, LEGACY_CONFIG, CheckpointReader
 from llmq.places import dense_linears
-from llmq.preflight import Job
+from llmq.preflight import Embedding, Job
 from llmq.report import REPORT, coverage
 from llmq.run import Run
+from llmq.solvers.placing import nearest, place_all, placer
 from llmq.writing import CheckpointWriter, Slot
+
+_ROWS = 4096  # of an embedding that are rounded at a time
 
 
 def slots(job: Job) -> dict[str, Slot]:
@@ -18,11 +24,15 @@ def slots(job: Job) -> dict[str, Slot]:
     linears = {f"{linear.name}.weight": linear for linear in job.linears}
     found: dict[str, Slot] = {}
     for name, file_name in job.names.items():
-        if name not in linears:
+        if name in linears:
+            layout = job.format.layout(job.spec, *linears[name].shape)
+        elif job.embedding is not None and name == f"{job.embedding.name}.weight":
+            layout = job.format.layout(job.embedding.spec, *job.embedding.shape)
+        else:
             info = job.source.info(file_name)
             found[file_name] = Slot(info.shape, info.dtype)
             continue
-        for local, (shape, dtype) in job.format.layout(job.spec, *linears[name].shape).items():
+        for local, (shape, dtype) in layout.items():
             found[f"{file_name.removesuffix('weight')}{local}"] = Slot(shape, dtype)
     if job.unties:
         head = job.head_name
@@ -46,6 +56,36 @@ def write_block(run: Run, writer: CheckpointWriter, index: int) -> None:
     _write_dense(run, writer, [name for name in job.names if name.startswith(prefix) and name not in packed])
 
 
+def _write_embedding(run: Run, writer: CheckpointWriter, embedding: Embedding) -> None:
+    """Write the token embedding packed: each row rounded to nearest, with scales that suit it best."""
+    job, spec = run.job, embedding.spec
+    weight_name = f"{embedding.name}.weight"
+    file_name = job.names[weight_name]
+    pieces = job.source.pieces(file_name)
+    if weight_name in run.rewriter.changed:
+        rewritten = job.model.get_parameter(weight_name).detach()
+        pieces = ((start, rewritten[start : start + _ROWS]) for start in range(0, len(rewritten), _ROWS))
+    place, group_size = placer(embedding.grid, "mse", job.recipe.search_norm), spec.group_columns(embedding.shape[1])
+    energy = torch.ones(embedding.shape[1], device=run.device)
+    lost = whole = 0.0
+    base = file_name.removesuffix("weight")
+    for start, piece in pieces:
+        w = piece.to(run.device).float()
+        rounded = nearest(embedding.grid, group_size, w, place_all(place, w, energy, group_size))
+        lost, whole = lost + float((w - rounded.dequantize()).square().sum()), whole + float(w.square().sum())
+        for local, tensor in job.format.pack(rounded, spec).items():
+            if local != "shape":
+                writer.write(f"{base}{local}", tensor, start)
+    writer.write(f"{base}shape", torch.tensor(embedding.shape))
+    error = (lost / whole) ** 0.5 if whole else 0.0
+    run.report.embedding = {
+        "name": embedding.name,
+        "bits": spec.bits,
+        "group_size": spec.group_size,
+        "weight_error": error,
+    }
+
+
 def _write_dense(run: Run, writer: CheckpointWriter, names: list[str]) -> None:
     """Write the tensors of these names in the model that are not packed: as they were, or as they have become."""
     for name in names:
@@ -67,7 +107,11 @@ def finish(run: Run, writer: CheckpointWriter) -> None:
     """Write what is outside the blocks, and close the output with its configuration and the report."""
     job, report = run.job, run.report
     with run.timed("write"):
-        _write_dense(run, writer, [name for name in job.names if not name.startswith(job.structure.prefixes)])
+        outside = [name for name in job.names if not name.startswith(job.structure.prefixes)]
+        if job.embedding is not None:
+            outside.remove(f"{job.embedding.name}.weight")
+            _write_embedding(run, writer, job.embedding)
+        _write_dense(run, writer, outside)
         if job.unties:
             writer.write(job.head_name, job.model.get_output_embeddings().weight.detach().to(job.stored_dtype))
         rest = sorted(set(job.source.keys()) - set(job.names.values()))
@@ -75,7 +119,7 @@ def finish(run: Run, writer: CheckpointWriter) -> None:
             _copy(job, writer, key)
     report.dense = {
         "ignored_linears": job.structure.ignored,
-        "tensors": len(job.source.keys()) - len(job.linears),
+        "tensors": len(job.source.keys()) - len(job.linears) - (job.embedding is not None),
         "rewritten": sorted(run.rewriter.changed),
         "not_in_files": [name for name in job.model.state_dict() if name not in job.names],  # tied, or of another head
         "not_in_model": rest,
@@ -95,7 +139,27 @@ def finish(run: Run, writer: CheckpointWriter) -> None:
     report.transforms = run.rewriter.notes
     report.experts = coverage(report.layers)
     legacy = {LEGACY_CONFIG: quantization} if quantization["quant_method"] == "gptq" else {}
-    writer.finish(config, {**legacy, REPORT: report.to_dict()}, copies)
+    files = {**legacy, REPORT: report.to_dict(), CARD: _card(run)}
+    writer.finish(config, files, copies)
+
+
+def _card(run: Run) -> str:
+    """Return the model card of what was made."""
+    job = run.job
+    specs = {linear.name: job.spec for linear in job.linears}
+    shapes = {linear.name: linear.shape for linear in job.linears}
+    if job.embedding is not None:
+        specs[job.embedding.name], shapes[job.embedding.name] = job.embedding.spec, job.embedding.shape
+    source = job.source.path
+    facts = Facts(
+        base_of(source),
+        architecture_of(job.source.config),
+        specs,
+        shapes,
+        frozenset(job.structure.ignored),
+        run.report.to_dict(),
+    )
+    return card(facts, card_in(source))
 
 
 def quantization_config(job: Job, stage_names: list[list[str]]) -> dict[str, object]:
@@ -103,6 +167,8 @@ def quantization_config(job: Job, stage_names: list[list[str]]) -> dict[str, obj
     recipe = job.recipe
     made = {"quantizer": [f"llmq:{environment.versions()['llmq']}"], "method": recipe.method}
     packed = {linear.name: job.spec for linear in job.linears}
+    if job.embedding is not None:
+        packed[job.embedding.name] = job.embedding.spec
     dense = dict.fromkeys([*job.structure.ignored, *dense_linears(job.model.config, packed)])
     config = {**job.format.config(packed, list(dense)), "meta": made}
     if config["quant_method"] == "gptq":  # what its tools write
@@ -115,7 +181,7 @@ def quantization_config(job: Job, stage_names: list[list[str]]) -> dict[str, obj
 
 def side_files(source: CheckpointReader) -> tuple[list[Path], list[str]]:
     """Return the files to copy beside the weights, and the names of what is left out."""
-    written_anew = {CONFIG, INDEX, *(source.info(key).file for key in source)}
+    written_anew = {CONFIG, INDEX, CARD, *(source.info(key).file for key in source)}
     foreign = (*FOREIGN_WEIGHTS, ".safetensors", ".index.json")
     copies, left_out = [], []
     for path in sorted(source.path.iterdir()):

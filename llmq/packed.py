@@ -69,7 +69,7 @@ class PackedCheckpoint(CheckpointReader):
     def columns(self, module: str) -> Tensor | None:
         """Return which input each column of `weight` belongs to, int64 [K]; None: they are in order."""
         layer = self.layers[module]
-        index = {local: self.read(key) for local, key in layer.keys.items() if local.endswith("g_idx")}
+        index = {local: self.read(key) for local, key in layer.keys.items() if local == layer.format.index}
         try:
             return layer.format.columns(index, layer.stored.spec)
         except LlmqError as error:

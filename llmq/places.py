@@ -11,7 +11,7 @@ from torch import nn
 from llmq.checkpoint import TensorInfo
 from llmq.errors import CheckpointError
 from llmq.families import skeleton
-from llmq.moe import Bank, fuse_, routers_of, unfuse_
+from llmq.moe import Bank, fuse_, has_fused, routers_of, unfuse_
 from llmq.names import file_names
 from llmq.packed import PackedLayer
 
@@ -25,13 +25,16 @@ def placed(
     """Return packed layers by the names of the modules of `model` that they are for, instead of those in the files.
 
     Raises:
-        CheckpointError: a layer has other sizes than its module, or belongs to no linear layer of the model.
+        CheckpointError: a layer has other sizes than its module, or belongs to no linear layer or embedding of it.
     """
     marker = f".{next(iter(layers.values())).format.marker}"
     found: dict[str, PackedLayer] = {}
     for weight_name, key in file_names(model, infos, packed_suffix=marker).items():
         name, layer = weight_name.removesuffix(".weight"), layers[key.removesuffix(marker)]
-        if layer.shape != (shape := linear_shape(model.get_submodule(name), name)):
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding) and not layer.format.embeddings:
+            raise CheckpointError(f"{name}: a packed embedding, which llmq reads in its own format only")
+        if layer.shape != (shape := linear_shape(module, name)):
             raise CheckpointError(
                 f"{infos[key].file}: packed layer {key.removesuffix(marker)} has {layer.shape[0]} outputs and "
                 f"{layer.shape[1]} inputs; {name} of the model has {shape[0]} and {shape[1]}"
@@ -46,6 +49,8 @@ def placed(
 
 def banks_apart(model: PreTrainedModel, infos: Mapping[str, TensorInfo]) -> dict[str, Bank]:
     """Put banks of linear layers in the place of the fused experts that the files have apart, and return them."""
+    if not has_fused(model):
+        return {}
     whole = file_names(model, infos, merged=False)
     banks = unfuse_(model)
     for name, bank in list(banks.items()):
@@ -68,12 +73,15 @@ def dense_linears(config: PretrainedConfig, packed: Collection[str]) -> list[str
 
 
 def linear_shape(module: nn.Module, name: str) -> tuple[int, int]:
-    """Return outputs and inputs of a linear layer."""
+    """Return outputs and inputs of a linear layer, or rows and columns of an embedding."""
     from transformers.pytorch_utils import Conv1D
 
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     if isinstance(module, Conv1D):
         k, n = module.weight.shape
         return n, k
-    raise CheckpointError(f"{name}: the files hold a packed weight for a {type(module).__name__}, which is not linear")
+    kind = type(module).__name__
+    raise CheckpointError(f"{name}: the files hold a packed weight for a {kind}, which is no linear layer or embedding")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmq.budget import Budget
 from llmq.calibration import Calibration
@@ -44,6 +44,16 @@ _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """A token embedding that will be packed."""
+
+    name: str  # of its module
+    shape: tuple[int, int]  # tokens, width
+    spec: QuantSpec
+    grid: Grid
+
+
+@dataclass(frozen=True)
 class Job:
     """A checked run: what the driver needs to know, and nothing that is still in doubt."""
 
@@ -61,6 +71,7 @@ class Job:
     unties: bool  # whether the head, tied to embeddings that are rotated, gets a weight of its own
     packed_bytes: int  # of the packed layers, all their tensors counted
     output_bytes: int  # of all tensors that will be written
+    embedding: Embedding | None = None
     budget: Budget = field(default_factory=Budget)
     ranks: Ranks = ALONE  # which processes share it
 
@@ -117,18 +128,49 @@ def prepare(model: str | Path, recipe: Recipe) -> Job:
     linears = structure.all_linears
     for linear in linears:
         _check_size(linear, spec, layout)
-    packed = sum(_packed_bytes(linear, spec, layout) for linear in linears)
+    embedding = _embedding(net, names, recipe, layout)
+    packed = sum(_packed_bytes(linear.shape, spec, layout) for linear in linears)
     replaced = {names[f"{linear.name}.weight"] for linear in linears}
+    replaced |= {names[f"{embedding.name}.weight"]} if embedding is not None else set()
     dense = sum(source.info(key).nbytes for key in source if key not in replaced)
     unties = recipe.rotation != "none" and bool(net.config.get_text_config().tie_word_embeddings)
     if unties:
         head = net.get_output_embeddings().weight
         assert isinstance(head, Tensor)
         dense += head.numel() * own.itemsize  # it gets a weight of its own
+    if embedding is not None:
+        dense += _packed_bytes(embedding.shape, embedding.spec, layout)
     grid = GRIDS["uniform"](spec.bits, spec.symmetric, recipe.sym_range)
+    total = packed + dense
     return Job(
-        source, recipe, spec, grid, solver, layout, net, structure, names, dtype, own, unties, packed, packed + dense
+        source, recipe, spec, grid, solver, layout, net, structure, names, dtype, own, unties, packed, total, embedding
     )
+
+
+def _embedding(model: PreTrainedModel, names: Mapping[str, str], recipe: Recipe, layout: Format) -> Embedding | None:
+    """Return the token embedding, if the recipe packs it.
+
+    Raises:
+        SpecError: the format has no place for it, or the model's embedding is no plain matrix, or shared by more than
+            a head.
+    """
+    spec = recipe.embedding_spec
+    if spec is None:
+        return None
+    if not layout.embeddings:
+        holds = ", ".join(name for name, format in FORMATS.items() if format.embeddings)
+        raise SpecError(f"embeddings: the {spec.format} format has no packed embeddings; use --format {holds}")
+    if refusal := layout.refuses(spec, 1, 1):
+        raise SpecError(f"embeddings: {refusal}")
+    module, head = model.get_input_embeddings(), model.get_output_embeddings()
+    name = next(name for name, own in model.named_modules() if own is module)
+    heads = {f"{other}.weight" for other, own in model.named_modules() if own is head and isinstance(head, nn.Linear)}
+    if not isinstance(module, nn.Embedding) or f"{name}.weight" not in names:
+        raise SpecError(f"embeddings: {name} is a {type(module).__name__}, not a matrix of the files; leave it dense")
+    if others := {key for key, own in model.all_tied_weights_keys.items() if own == f"{name}.weight"} - heads:
+        raise SpecError(f"embeddings: {min(others)} shares the matrix of {name}; llmq packs it for a head only")
+    grid = GRIDS["uniform"](spec.bits, spec.symmetric, recipe.sym_range)
+    return Embedding(name, (module.num_embeddings, module.embedding_dim), spec, grid)
 
 
 def check_output(job: Job, output: Path) -> None:
@@ -208,20 +250,21 @@ def check_weights(job: Job, report: Callable[[str], None]) -> str:
                     f"{name}: {bad} of {part.numel()} values are NaN or infinite; the checkpoint is damaged"
                 )
             if linear is not None and not linear.transposed:
-                _check_scales(job, linear, part)
+                _check_scales(linear.name, part, job.spec, job.grid)
+            elif job.embedding is not None and name == f"{job.embedding.name}.weight":
+                _check_scales(job.embedding.name, part, job.embedding.spec, job.embedding.grid)
             digest.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
         if linear is not None and linear.transposed:  # its groups lie across the pieces
-            _check_scales(job, linear, job.source.read(job.names[name]))
+            _check_scales(linear.name, job.source.read(job.names[name]).T, job.spec, job.grid)
     return digest.hexdigest()
 
 
-def _check_scales(job: Job, linear: Linear, weight: Tensor) -> None:
-    weight = weight.T if linear.transposed else weight
+def _check_scales(name: str, weight: Tensor, spec: QuantSpec, grid: Grid) -> None:
     try:
-        for columns in weight.split(job.spec.group_columns(weight.shape[1]), dim=1):
-            job.grid.fit(columns)
+        for columns in weight.split(spec.group_columns(weight.shape[1]), dim=1):
+            grid.fit(columns)
     except SolverError as error:
-        raise SolverError(f"{linear.name}: {error}") from error
+        raise SolverError(f"{name}: {error}") from error
 
 
 def _with_banks(
@@ -347,7 +390,7 @@ def _check_size(linear: Linear, spec: QuantSpec, layout: Format) -> None:
     raise SpecError(f"{linear.name}: {refusal}; {advice}")
 
 
-def _packed_bytes(linear: Linear, spec: QuantSpec, layout: Format) -> int:
+def _packed_bytes(shape: tuple[int, int], spec: QuantSpec, layout: Format) -> int:
     """Return the bytes of all stored tensors of one layer."""
-    tensors = layout.layout(spec, *linear.shape).values()
+    tensors = layout.layout(spec, *shape).values()
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in tensors)

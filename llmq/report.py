@@ -90,6 +90,7 @@ class Report:
     experts: list[BankReport] = field(default_factory=list)
     transforms: list[str] = field(default_factory=list)
     tuning: list[TuningReport] = field(default_factory=list)
+    embedding: dict[str, object] = field(default_factory=dict)  # if it was packed: what, how, and ‖W - Q‖ / ‖W‖
     dense: dict[str, object] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)

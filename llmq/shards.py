@@ -138,8 +138,13 @@ def read_tensor(handle: int, entry: Entry, rows: slice | None = None) -> Tensor:
         offset += first * (entry.nbytes // max(1, shape[0]))
         shape = (max(0, last - first), *shape[1:])
     raw = _allocate(math.prod(shape) * entry.dtype.itemsize)
-    _transfer(lambda part, at: os.preadv(handle, [part], at), raw.numpy().data, offset)
+    read_bytes(handle, raw.numpy().data, offset)
     return raw.view(entry.dtype).reshape(shape)
+
+
+def read_bytes(handle: int, target: memoryview, offset: int) -> None:
+    """Fill `target` with the bytes from a position of the open file `handle` on; errors as for `read_tensor`."""
+    _transfer(lambda part, at: os.preadv(handle, [part], at), target, offset)
 
 
 def write_tensor(handle: int, tensor: Tensor, offset: int) -> None:

@@ -180,8 +180,10 @@ class CheckpointWriter:
         self._written.update(new)
         self._unsynced.clear()
 
-    def finish(self, config: Mapping[str, object], json_files: Mapping[str, object], copies: list[Path]) -> None:
-        """Write index, `json_files` by name, `copies` and config.json, and move all files up: it is a checkpoint.
+    def finish(self, config: Mapping[str, object], files: Mapping[str, object], copies: list[Path]) -> None:
+        """Write index, `files` by name, `copies` and config.json, and move all files up: it is a checkpoint.
+
+        A file is given as its text, or as what its JSON says.
 
         Raises:
             CheckpointError: a tensor was never written, by this process or one before, or the disk does not take a
@@ -199,8 +201,8 @@ class CheckpointWriter:
                 sync_path(self._files / source.name)
             if len(self._handles) > 1:
                 _write_json(self._files / INDEX, self._index())
-            for name, content in json_files.items():
-                _write_json(self._files / name, content)
+            for name, content in files.items():
+                write_file(self._files / name, content.encode() if isinstance(content, str) else _json(content))
             _write_json(self._files / CONFIG, config)
             _move_up(self.path)
             _empty(self.staging)

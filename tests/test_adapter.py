@@ -224,7 +224,7 @@ def test_padding_counts_for_nothing(
 
 def test_packed_layers_do_not_merge(folder: Path, packed: Callable[..., Path]) -> None:
     model = PeftModel.from_pretrained(llmq.load(packed()), str(folder))
-    with pytest.raises(ValueError, match="Cannot merge"):
+    with pytest.raises(SpecError, match="cannot be merged"):
         model.merge_adapter()
 
 

@@ -93,6 +93,12 @@ def edit(source: Path, folder: Path, change: Callable[[dict[str, Any]], object])
         ("gpt2", 4, True, ["awq", "compressed-tensors", "gptq"]),
         ("qwen3_moe", 4, True, ["awq", "compressed-tensors", "gptq"]),
         ("mixtral", 4, False, ["compressed-tensors", "gptq"]),
+        ("llama", 3, False, ["llmq", "compressed-tensors-padded", "llmq", "gptq"]),
+        ("llama", 8, True, ["llmq", "gptq"]),
+        ("gpt2", 4, False, ["llmq", "awq", "gptq"]),
+        ("qwen3_moe", 4, True, ["llmq", "gptq"]),
+        ("gpt2", 3, False, ["auto-round", "llmq", "auto-round", "gptq"]),
+        ("qwen3_moe", 4, True, ["auto-round", "awq", "auto-round-v2", "gptq"]),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ import torch
 from column_loop import eager_block
 from tiny_models import make_llama
 from tolerance import assert_close_to_float64
+from transformers import AutoModelForCausalLM
 
 import llmq
 from llmq.block_sweep import MAX_COLUMNS, Block, cuda_block, runs_on
@@ -106,3 +107,39 @@ def test_the_solver_goes_through_the_kernel_and_repeats_itself(monkeypatch: pyte
     eager = SOLVERS["gptq"].run(w, h, grid, 128).weight.codes
     # One weight in 1e5 is as near to a tie as float32 is inexact, and takes the rest of its row along.
     assert (first != eager).any(1).float().mean() < 0.05
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("bits", [4, 8, 3])
+def test_a_model_over_two_gpus_computes_what_it_does_on_one(tmp_path: Path, bits: int) -> None:
+    source = make_llama(tmp_path / "dense")
+    ids = torch.randint(1, 128, (2, 17), generator=torch.Generator().manual_seed(0))
+    recipe = Recipe(method="rtn", bits=bits, group_size=32)
+    quantize(source, tmp_path / "packed", recipe, calibration=Calibration(ids, None, "x", "y"))
+    one = llmq.load(tmp_path / "packed", dtype=torch.bfloat16, device="cuda:0")
+    parts = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1}
+    two = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", dtype=torch.bfloat16, device_map={**parts, "lm_head": 1}
+    )
+    for name, module in two.named_modules():
+        if isinstance(module, QuantLinear):
+            assert {buffer.device.index for buffer in module.buffers()} == {int("layers.1" in name)}
+            assert module.kernel == one.get_submodule(name).kernel
+    with torch.no_grad():
+        assert torch.equal(two(ids.cuda()).logits.cpu(), one(ids.cuda()).logits.cpu())
+
+
+@pytest.mark.parametrize("bits", [4, 8, 3])
+def test_gradients_pass_through_a_packed_layer_on_a_gpu(tmp_path: Path, bits: int) -> None:
+    source = make_llama(tmp_path / "dense")
+    ids = torch.ones(2, 17, dtype=torch.int64)
+    recipe = Recipe(method="rtn", bits=bits, group_size=32, sym=False)
+    quantize(source, tmp_path / "packed", recipe, calibration=Calibration(ids, None, "x", "y"))
+    model = llmq.load(tmp_path / "packed", dtype=torch.bfloat16, device="cuda")
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(5, layer.in_features, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(5, layer.out_features, device="cuda", dtype=torch.bfloat16)
+    layer(x).backward(grad)
+    expected = grad.double() @ layer.quantized_weight().dequantize().double()
+    assert x.grad is not None
+    assert_close_to_float64(x.grad, expected, layer.out_features)

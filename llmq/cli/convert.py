@@ -23,7 +23,9 @@ def convert_command(  # noqa: PLR0913  one parameter per option
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; a file for gguf.", show_default=False)],
     format: Annotated[
         str | None,
-        typer.Option(help="gptq, gptq_v2, awq, compressed-tensors(-padded) or gguf.", show_default=False),
+        typer.Option(
+            help="gptq, gptq_v2, awq, compressed-tensors(-padded), auto-round, llmq, gguf or onnx.", show_default=False
+        ),
     ] = None,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Write ordinary weights, for software that reads nothing else.")

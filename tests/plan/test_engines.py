@@ -10,6 +10,7 @@ LLAMA = {
 }  # fmt: skip
 OPTIMUM, VLLM, GPTQMODEL = "transformers with optimum and gptqmodel", "vLLM 0.33", "GPTQModel 7.7"
 CT, LLAMA_CPP = "transformers with compressed-tensors", "llama.cpp"
+AUTOROUND = "transformers with AutoRound 0.16"
 
 
 def result(
@@ -29,7 +30,7 @@ def said(of: Result) -> dict[str, Verdict]:
 
 def test_four_bits_symmetric_is_taken_by_all_that_read_the_format_on_any_ranks() -> None:
     found = said(result())
-    assert {name for name, verdict in found.items() if not verdict.accepted} == {CT}
+    assert {name for name, verdict in found.items() if not verdict.accepted} == {CT, AUTOROUND}
     assert dict(found[VLLM].ranks) == {1: None, 2: None, 4: None, 8: None}
     assert "tensor-parallel 1, 2, 4, 8" in found[VLLM].line()
 
@@ -54,13 +55,15 @@ def test_four_bits_symmetric_is_taken_by_all_that_read_the_format_on_any_ranks()
         (result(dense=("model.layers.0.mlp.down_proj",)), {OPTIMUM}, "model.layers.0.mlp.down_proj"),
         (result(mlp__experts__3__up_proj=(1024, 1024)), {OPTIMUM}, "mlp.experts.3.up_proj"),
         (result(self_attn__odd=(40, 64)), {GPTQMODEL}, "self_attn.odd is 40 x 64"),
+        (result(8, "auto-round"), {OPTIMUM, GPTQMODEL, LLAMA_CPP}, "format auto-round"),
+        (result(8, "auto-round", sym=False), {OPTIMUM, GPTQMODEL, LLAMA_CPP, AUTOROUND, VLLM}, "auto-round"),
+        (result(2, "auto-round-v2", sym=False), {OPTIMUM, GPTQMODEL, LLAMA_CPP, VLLM}, "format auto-round-v2"),
     ],
 )  # fmt: skip
 def test_every_clash_is_named(of: Result, refusing: set[str], word: str) -> None:
     found = said(of)
-    refusing = refusing if of.spec.format == "compressed-tensors" else refusing | {CT}
-    assert {name for name, verdict in found.items() if not verdict.accepted} == refusing
-    refusing = refusing - {CT}
+    other = {name for name, own in ((CT, "compressed"), (AUTOROUND, "auto")) if not of.spec.format.startswith(own)}
+    assert {name for name, verdict in found.items() if not verdict.accepted} == refusing | other
     for name in refusing:
         assert word in found[name].line()
 

@@ -126,7 +126,7 @@ def test_two_runs_give_the_same_bytes_and_another_seed_does_not(made: Path, tmp_
     assert files(tmp_path / "again") == files(made / "packed")
     quantize(made, tmp_path / "seed", "--seed", 1)
     other, first = files(tmp_path / "seed"), files(made / "packed")
-    assert {name for name in first if other[name] != first[name]} == {"model.safetensors"}
+    assert {name for name in first if other[name] != first[name]} == {"README.md", "model.safetensors"}
 
 
 def test_only_times_and_memory_differ_between_reports(made: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_sharded_output_has_a_right_index(made: Path, tmp_path: Path) -> None:
 def test_side_files_are_copied_or_named(made: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(made / "model", source)
-    copied = {"chat_template.jinja": "{{ x }}", "special.model": "\0pieces", "README.md": "# größer"}
+    copied = {"chat_template.jinja": "{{ x }}", "special.model": "\0pieces", "NOTES.md": "# größer"}
     for name, text in copied.items():
         (source / name).write_text(text, encoding="utf-8")
     foreign = ("consolidated.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "report.json", "x.gguf")
@@ -180,7 +180,7 @@ def test_side_files_are_copied_or_named(made: Path, tmp_path: Path) -> None:
     copied_too = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     for name in {*copied, *copied_too}:
         assert (out / name).read_bytes() == (source / name).read_bytes()
-    made_here = {"config.json", "quantize_config.json", "report.json", "model.safetensors"}
+    made_here = {"config.json", "quantize_config.json", "report.json", "README.md", "model.safetensors"}
     assert {file.name for file in out.iterdir()} == {*copied, *copied_too, *made_here}
     assert report_of(out)["files"] == {
         "copied": sorted({*copied, *copied_too}),
