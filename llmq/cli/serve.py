@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,11 +19,12 @@ def serve_command(
     All options of `transformers serve` go behind DIR: --host, --port, --device, --dtype, --compile and the others. The
     server is ready when `curl localhost:8000/health` answers.
     """
-    _transformers("serve", str(_servable(directory)), *context.args)
+    _check(directory)
+    _transformers("serve", directory, *context.args)  # as it was typed: requests have to name it so
 
 
-def _servable(model: str) -> Path:
-    """Return the folder of `model`, checked before the server starts.
+def _check(model: str) -> None:
+    """Check `model` before the server starts.
 
     Raises:
         CheckpointError: it is no checkpoint, or has no tokenizer.
@@ -37,10 +37,9 @@ def _servable(model: str) -> Path:
     if not is_serve_available():
         raise SpecError("transformers' server needs fastapi, uvicorn and openai: pip install 'llmq[serve]'")
     path = CheckpointReader(resolve(model)).path
-    if "@" in str(path):
-        raise SpecError(f"{path}: transformers' server takes what follows @ for a revision; rename the folder")
+    if "@" in model:
+        raise SpecError(f"{model}: transformers' server takes what follows @ for a revision; rename the folder")
     load_tokenizer(path)
-    return path
 
 
 def _transformers(*arguments: str) -> None:
