@@ -1,11 +1,14 @@
-"""Compile every shipped kernel configuration for sm_80 and sm_90, without a GPU, and look at the machine code.
+"""Compile every shipped kernel configuration for seven architectures, without a GPU, and look at the machine code.
 
-    python scripts/sass_report.py [--sample] [--json] [--arch 80 90] [--only TEXT]
+    python scripts/sass_report.py [--sample] [--json] [--arch 80 90] [--only TEXT] [--jobs N]
+    python scripts/sass_report.py --update --jobs 2
 
-Triton's wheel brings ptxas and cuobjdump, so this runs anywhere. One line per compiled kernel; exit code 1
-if any spills registers, needs more shared memory than the GPU allows, or converts codes to floats one by one; if a
-matrix product uses no tensor cores or loads weights in pieces below 64 bits; or if GPTQ's column loop has lost its
-exact division or rounding. Instruction counts say nothing about stalls: a GPU has the last word on speed, not on these.
+One line per compiled kernel; exit code 1 if any spills registers, needs more shared memory than the GPU allows, or
+converts codes to floats one by one; if tiles are multiplied without the tensor core instruction of the architecture, or
+weights loaded in pieces below 64 bits; if GPTQ's column loop has lost its exact division or rounding; or if the number
+of instructions is not within 5 % of docs/bench/aot.json, which --update writes, with docs/bench/aot.md. Another version
+of Triton than that of the table is said, and not compared. Instruction counts say nothing about stalls: a GPU has the
+last word on speed, not on these.
 """
 
 from __future__ import annotations
@@ -13,27 +16,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain, starmap
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# Shared memory that one program may use, in bytes.
-SHARED_LIMIT = {80: 166_912, 90: 232_448}
-COUNTED = {
-    "mma": r"\b(?:HMMA|HGMMA)\.",
-    "i2f": r"\bI2F",
-    "wide_copies": r"\bLDG(?:STS)?\.E\S*\.(?:64|128)\b",
-    # Only a division that rounds correctly has a subroutine, for what is near the ends of the exponent's range.
-    "calls": r"\bCALL\.",
-    # 1.5 * 2**23, added and subtracted: see llmq_kernels.gptq_block.
-    "rounders": r"\bFADD\S* .*\b-?12582912\b",
-}
+# Processes that are spawned find the file beside this one, and kernels that are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from sass import ARCHITECTURES, Report, Source, compile_kernel, estimate
+
+BENCH = Path(__file__).resolve().parents[1] / "docs" / "bench"
+TOLERANCE = 0.05  # of the number of instructions
 
 # K and group size of what is compiled: each kind of group, and columns that end inside a step of the loop.
 COLUMNS = {
@@ -43,258 +40,311 @@ COLUMNS = {
     "row": (4096, 4096),
     "ragged": (4080, 4080),
 }
+SHOWN = ("tile", "registers", "shared", "mma", "instructions", "loop", "per_weight")  # of a report, in the table
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel, compiled one way."""
+    """One weight-only kernel, compiled one way."""
 
     kernel: str  # module of llmq_kernels
     arch: int
     dtype: str  # "fp16" or "bf16"
     columns: str  # key of COLUMNS
     zeros: bool
-    config: int  # row of the kernel's table
+    row: str  # "#0" to "#3": tiles, a row of the table; "M=1", "M=4": few tokens; "dense": dequantize for many
 
     def __str__(self) -> str:
         """Return the name of its line."""
         zeros = "asym" if self.zeros else "sym"
-        return f"{self.kernel} sm_{self.arch} {self.dtype} {self.columns} {zeros} #{self.config}"
+        return f"{self.kernel} sm_{self.arch} {self.dtype} {self.columns} {zeros} {self.row}"
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the machine code of a variant looks like."""
+class Sum:
+    """The kernel that adds split sums, for a single output of a split product."""
 
-    name: str
-    tile: str  # BLOCK_N x BLOCK_M, warps, stages
-    registers: int
-    stack: int  # bytes of spilled registers and local arrays
-    shared: int  # bytes
-    mma: str  # mnemonic of its tensor core instruction
-    mma_count: int
-    i2f: int
-    wide_copies: int  # loads of 64 or 128 bits from global memory
-    calls: int  # of subroutines: exact divisions
-    rounders: int  # additions that round to whole numbers
-    instructions: int
-    faults: list[str]
+    arch: int
+
+    def __str__(self) -> str:
+        """Return the name of its line."""
+        return f"add_splits sm_{self.arch}"
 
 
-def variants(sample: bool) -> Iterator[Variant]:
-    """Yield every shipped variant, or with `sample` one that exercises each constexpr branch at least once."""
+@dataclass(frozen=True)
+class Block:
+    """The column loop of GPTQ with a row of its table, or with it for a `single` weight."""
+
+    arch: int
+    row: int
+    single: bool
+
+    def __str__(self) -> str:
+        """Return the name of its line."""
+        return f"gptq_block sm_{self.arch} {'single ' if self.single else ''}#{self.row}"
+
+
+Job = Variant | Sum | Block
+
+
+def jobs(sample: bool) -> Iterator[Job]:
+    """Yield everything that ships, or with `sample` what exercises each constexpr branch and architecture once."""
+    if sample:
+        yield from SAMPLE
+        return
     for kernel in ("w4a16", "w8a16"):
-        for arch in SHARED_LIMIT:
-            for config in range(4):
-                for columns in COLUMNS:
-                    for dtype in ("fp16", "bf16"):
-                        for zeros in (False, True):
-                            variant = Variant(kernel, arch, dtype, columns, zeros, config)
-                            if not sample or variant in SAMPLE:
-                                yield variant
+        for arch in ARCHITECTURES:
+            for dtype, columns, zeros in cases(arch):
+                tiles = ("#0", "#1", "#2", "#3") if ARCHITECTURES[arch].mma else ()
+                for row in (*tiles, "M=1", "M=4", "dense"):
+                    yield Variant(kernel, arch, dtype, columns, zeros, row)
+    for arch in ARCHITECTURES:
+        yield Sum(arch)
+        yield from (Block(arch, row, single) for row, single in ((0, False), (1, False), (2, False), (0, True)))
 
 
-# Every row of the tables, dtype, kind of columns and branch; the likeliest spillers are among them.
-SAMPLE = {
-    Variant("w4a16", 90, "bf16", "g128", False, 0),
-    Variant("w4a16", 80, "fp16", "g128", True, 0),
-    Variant("w4a16", 90, "fp16", "g32", True, 1),
-    Variant("w4a16", 80, "bf16", "g64", True, 2),
-    Variant("w4a16", 90, "bf16", "g128", True, 3),
-    Variant("w4a16", 80, "bf16", "g128", True, 3),
-    Variant("w4a16", 90, "fp16", "row", False, 2),
-    Variant("w8a16", 90, "bf16", "g128", True, 0),
-    Variant("w8a16", 80, "fp16", "g32", False, 1),
-    Variant("w8a16", 90, "fp16", "g64", True, 2),
-    Variant("w8a16", 80, "bf16", "row", True, 3),
-    Variant("w4a16", 80, "fp16", "ragged", True, 3),
-    Variant("w8a16", 90, "bf16", "ragged", False, 3),
-}
-
-# Rows of the table of gptq_block, and the first one again for a single weight.
-BLOCKS = ((0, False), (1, False), (2, False), (0, True))
+def cases(arch: int) -> Iterator[tuple[str, str, bool]]:
+    """Yield dtype, columns and zeros: all on sm_80 and sm_90, a cross-section elsewhere."""
+    dtypes = ("fp16", "bf16") if arch >= 80 else ("fp16",)  # Turing has no bf16
+    if arch in (80, 90):
+        yield from ((dtype, columns, zeros) for dtype in dtypes for columns in COLUMNS for zeros in (False, True))
+        return
+    yield from ((dtypes[-1], columns, True) for columns in ("g32", "g128", "ragged"))
+    yield "fp16", "g128", False
 
 
-def compile_variant(variant: Variant) -> Report:
-    """Return what `variant` compiles to."""
-    import torch
+# Every row of the tables, dtype, kind of columns, branch and architecture; the likeliest spillers are among them.
+SAMPLE: tuple[Job, ...] = (
+    Variant("w4a16", 90, "bf16", "g128", False, "#0"),
+    Variant("w4a16", 80, "fp16", "g128", True, "#0"),
+    Variant("w4a16", 90, "fp16", "g32", True, "#1"),
+    Variant("w4a16", 80, "bf16", "g64", True, "#2"),
+    Variant("w4a16", 90, "bf16", "g128", True, "#3"),
+    Variant("w4a16", 86, "bf16", "g128", True, "#3"),
+    Variant("w4a16", 100, "bf16", "g128", True, "#3"),
+    Variant("w4a16", 120, "bf16", "g32", True, "#0"),
+    Variant("w4a16", 80, "fp16", "ragged", True, "#3"),
+    Variant("w8a16", 90, "bf16", "g128", True, "#0"),
+    Variant("w8a16", 80, "fp16", "g32", False, "#1"),
+    Variant("w8a16", 90, "fp16", "row", True, "#2"),
+    Variant("w8a16", 89, "bf16", "ragged", True, "#3"),
+    Variant("w8a16", 100, "fp16", "g128", False, "#1"),
+    Variant("w4a16", 90, "bf16", "g128", True, "M=1"),
+    Variant("w4a16", 80, "fp16", "g32", True, "M=4"),
+    Variant("w4a16", 75, "fp16", "g128", True, "M=4"),
+    Variant("w4a16", 89, "bf16", "ragged", True, "M=1"),
+    Variant("w8a16", 75, "fp16", "ragged", True, "M=4"),
+    Variant("w8a16", 100, "bf16", "g32", True, "M=1"),
+    Variant("w4a16", 75, "fp16", "g32", True, "dense"),
+    Variant("w4a16", 90, "bf16", "ragged", False, "dense"),
+    Variant("w8a16", 100, "bf16", "g128", True, "dense"),
+    *(Sum(arch) for arch in (75, 90)),
+    *(Block(arch, 2, False) for arch in (75, 80, 90, 100)),
+    Block(86, 0, False),
+    Block(89, 1, False),
+    Block(90, 0, True),
+)
 
-    from llmq_kernels import tiling, w4a16, w8a16
 
-    layout = {"w4a16": w4a16.LAYOUT, "w8a16": w8a16.LAYOUT}[variant.kernel]
-    config = layout.configs[variant.config]
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[variant.dtype]
-    constants: dict[str, Any] = layout.constants(config, dtype, *COLUMNS[variant.columns])
-    if not variant.zeros:
-        constants["z_ptr"] = None
-    pointers = dict.fromkeys(("x_ptr", "s_ptr", "z_ptr", "b_ptr", "o_ptr"), f"*{variant.dtype}")
-    pointers["w_ptr"] = {torch.int16: "*i16", torch.uint8: "*u8"}[layout.word]
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **tiling.COMPILE_OPTIONS}
-    report = compile_kernel(
-        str(variant),
-        f"{config.block_n}x{config.block_m} w{config.num_warps} s{config.num_stages}",
-        layout.kernel,
-        constants,
-        pointers,
-        variant.arch,
-        options,
-    )
-    report.faults.extend(faults(report, variant.arch))
-    if not report.mma_count:
-        report.faults.append("no tensor core instruction")
+def compile_job(job: Job) -> Report:
+    """Return what `job` compiles to, with its faults."""
+    if isinstance(job, Sum):
+        return compile_kernel(sum_source(job), job.arch)
+    if isinstance(job, Block):
+        report = compile_kernel(block_source(job), job.arch)
+        if report.calls < 2:
+            report.faults.append("a division is not correctly rounded")
+        if report.rounders < 2:
+            report.faults.append("rounding optimized away")
+        return report
+    report = compile_kernel(source(job), job.arch)
+    if job.row[0] == "#" and not report.mma.startswith(ARCHITECTURES[job.arch].mma):
+        report.faults.append(f"tensor core instruction {report.mma}, not {ARCHITECTURES[job.arch].mma}")
     if not report.wide_copies:
         report.faults.append("no load of 64 or 128 bits")
     return report
 
 
-def compile_sum(arch: int) -> Report:
-    """Return what the kernel that adds split sums compiles to, for a single output of a split product."""
-    from llmq_kernels import tiling
+def source(variant: Variant) -> Source:
+    """Return what to compile for `variant`: the row of the table that its architecture uses."""
+    import torch
+
+    from llmq_kernels import few, launch, many, tables, tiling, w4a16, w8a16
+    from llmq_kernels.layout import Packed, Weight
+
+    layout = {"w4a16": w4a16.LAYOUT, "w8a16": w8a16.LAYOUT}[variant.kernel]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[variant.dtype]
+    k, group_size = COLUMNS[variant.columns]
+    table = tables.read(tables.family((variant.arch // 10, variant.arch % 10)), variant.kernel)
+    per_group = (2 + 2 * variant.zeros) / group_size
+    moved = layout.bits / 8 + per_group
+    constants: dict[str, Any]
+    if variant.row == "dense":
+        kernel, warps, options = layout.dequantize, many.NUM_WARPS, {}
+        constants = many.constants(layout, k, group_size, dtype)
+        tile, moved = f"{many.BLOCK_N} w{warps}", moved + dtype.itemsize
+    elif variant.row[0] == "M":
+        row = (table.few or tables.read("default", variant.kernel).few)[-1]
+        kernel, warps, options = layout.few, row.num_warps, {}
+        scales = torch.empty(0, dtype=dtype)
+        weight = Weight(layout, Packed(scales, scales), 4096, k, group_size)
+        constants = few.constants(weight, row, int(variant.row[2:]))
+        tile = f"{row.block_n}x{constants['M']} w{warps}"
+    else:
+        tiled = table.tiles[int(variant.row[1:])]
+        kernel, warps, options = layout.tiled, tiled.num_warps, {"num_stages": tiled.num_stages}
+        constants = tiling.constants(layout, tiled, dtype, k, group_size)
+        tile = f"{tiled.block_n}x{tiled.block_m} w{warps} s{tiled.num_stages}"
+    if not variant.zeros:
+        constants["z_ptr"] = None
+    pointers = dict.fromkeys(("x_ptr", "s_ptr", "z_ptr", "b_ptr", "o_ptr"), f"*{variant.dtype}")
+    pointers["w_ptr"] = {torch.int16: "*i16", torch.uint8: "*u8"}[layout.word]
+    options = {**options, "num_warps": warps, **launch.COMPILE_OPTIONS}
+    weights = constants["BLOCK_N"] * constants["CHUNK"] / (32 * warps)
+    return Source(str(variant), tile, kernel, constants, pointers, options, weights, moved)
+
+
+def sum_source(job: Sum) -> Source:
+    """Return what to compile for the sum of splits."""
+    from llmq_kernels import launch, splits
 
     # 1 is the integer that Triton compiles in, as type and value: the case that code for tensors may not
     # expect.
-    constants = {"SPLITS": 8, "BLOCK": 1024, "total": 1, "N": 1}
+    constants = {"SPLITS": 8, "BLOCK": splits.BLOCK, "total": 1, "N": 1}
     pointers = {"p_ptr": "*fp32", "b_ptr": "*bf16", "o_ptr": "*bf16"}
-    name, kernel = f"add_splits sm_{arch}", tiling.add_splits_kernel
-    report = compile_kernel(name, "1024", kernel, constants, pointers, arch, tiling.COMPILE_OPTIONS)
-    report.faults.extend(faults(report, arch))
-    return report
+    if job.arch < 80:
+        pointers |= {"b_ptr": "*fp16", "o_ptr": "*fp16"}
+    return Source(str(job), str(splits.BLOCK), splits.add_splits_kernel, constants, pointers, launch.COMPILE_OPTIONS)
 
 
-def compile_block(arch: int, row: int, single: bool) -> Report:
-    """Return what the column loop of GPTQ compiles to with a row of its table, or with it for a `single` weight.
-
-    For that one every integer is compiled in, as type and value.
-    """
+def block_source(job: Block) -> Source:
+    """Return what to compile for the column loop of GPTQ; for a single weight, every integer is compiled in."""
     from llmq_kernels import gptq_block
 
-    tile, kernel = gptq_block.CONFIGS[row], gptq_block.gptq_block_kernel
+    tile, kernel = gptq_block.CONFIGS[job.row], gptq_block.gptq_block_kernel
     # A factor as Cholesky leaves it has contiguous columns.
     constants = {"LOWEST": 0.0, "HIGHEST": 15.0, "BLOCK_B": tile.block_b, "BLOCK_N": tile.block_n, "stride_ri": 1}
-    if single:
+    if job.single:
         constants |= {n: 1 for n in kernel.arg_names if n in ("B", "N") or n.startswith("stride_")}
     pointers = {f"{letter}_ptr": "*fp32" for letter in "wyrsze"} | {"g_ptr": "*i64", "c_ptr": "*u8"}
     options = {"num_warps": tile.num_warps, **gptq_block.COMPILE_OPTIONS}
-    shape = f"{tile.block_n}x{tile.block_b} w{tile.num_warps}"
-    report = compile_kernel(block_name(arch, row, single), shape, kernel, constants, pointers, arch, options)
-    report.faults.extend(faults(report, arch))
-    if report.calls < 2:
-        report.faults.append("a division is not correctly rounded")
-    if report.rounders < 2:
-        report.faults.append("rounding optimized away")
-    return report
+    return Source(str(job), f"{tile.block_n}x{tile.block_b} w{tile.num_warps}", kernel, constants, pointers, options)
 
 
-def block_name(arch: int, row: int, single: bool) -> str:
-    """Return the name of the line of `compile_block`."""
-    return f"gptq_block sm_{arch} {'single ' if single else ''}#{row}"
+def compare(report: Report, table: dict[str, Any]) -> Iterator[str]:
+    """Yield what differs between `report` and its entry in the committed `table`."""
+    if report.name not in table:
+        yield "not in docs/bench/aot.json: run --update"
+        return
+    expected = table[report.name]["instructions"]
+    if abs(report.instructions - expected) > TOLERANCE * expected:
+        yield f"{report.instructions} instructions, {expected} in docs/bench/aot.json"
 
 
-def compile_kernel(
-    name: str,
-    tile: str,
-    kernel: Any,
-    constants: dict[str, Any],
-    pointers: dict[str, str],
-    arch: int,
-    options: dict[str, Any],
-) -> Report:
-    """Return what `kernel` compiles to; arguments that are neither constants nor pointers are int32."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def markdown(committed: dict[str, Any]) -> str:
+    """Return the committed table as docs/bench/aot.md: one line for each kernel at groups of 128, asymmetric."""
+    lines = [
+        f"Triton {committed['triton']}. Written by `python scripts/sass_report.py --update`; README.md explains it.",
+        "",
+        "| kernel | tile | registers | shared | tensor cores | instructions | in the loop | per weight | estimate |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in committed["kernels"].items():
+        group_of_128 = "g128 asym" in name and ("bf16" in name or "sm_75" in name)
+        if group_of_128 or name.startswith(("add", "gptq")):
+            cells = [f"{row[key]}" if row[key] else "" for key in SHOWN]
+            lines.append(f"| {' | '.join([name.replace(' g128 asym', ''), *cells, row['estimate']])} |")
+    return "\n".join(lines) + "\n"
 
-    names: list[str] = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    # What the launcher finds out by itself: all but these are multiples of 16.
-    odd = {"M", "chunks", "chunks_per_split"}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n not in odd}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage, sass = dump(compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"{name}: cuobjdump printed no resource usage: {usage[-300:]}")
-    counts = {key: len(re.findall(pattern, sass)) for key, pattern in COUNTED.items()}
-    mma = re.search(COUNTED["mma"] + r"\w+", sass)
-    return Report(
-        name=name,
-        tile=tile,
-        registers=int(found[1]),
-        stack=int(found[2]),
-        shared=int(compiled.metadata.shared),
-        mma=mma[0] if mma else "-",
-        mma_count=counts["mma"],
-        i2f=counts["i2f"],
-        wide_copies=counts["wide_copies"],
-        calls=counts["calls"],
-        rounders=counts["rounders"],
-        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", sass, re.MULTILINE)),
-        faults=[],
+
+def text(committed: dict[str, Any]) -> str:
+    """Return the committed table as docs/bench/aot.json: one line for each kernel."""
+    lines = (f"{json.dumps(name)}: {json.dumps(row)}" for name, row in committed["kernels"].items())
+    body = ",\n".join(lines)
+    return f'{{"triton": {json.dumps(committed["triton"])}, "kernels": {{\n{body}\n}}}}\n'
+
+
+def judged(report: Report, job: Job) -> str:
+    """Return what limits a kernel that is there to stream weights, and how far ahead the other limit is."""
+    if not isinstance(job, Variant) or job.row not in ("#0", "M=1", "M=4", "dense"):
+        return ""
+    memory, issue = estimate(report)
+    limit, ratio = ("memory", issue / memory) if issue >= memory else ("issue", memory / issue)
+    return f"{limit}, by {ratio:.1f}"
+
+
+def show(report: Report) -> str:
+    """Return a line of the report."""
+    r = report
+    return (
+        f"{r.name:38} {r.tile:15} {r.registers:4} {r.stack:5} {r.shared:6} {r.mma:18} {r.mma_count:5} {r.i2f:3}"
+        f" {r.wide_copies:5} {r.instructions:5} {r.loop:5} {r.per_weight:6.2f}  {'; '.join(r.faults)}"
     )
 
 
-def faults(report: Report, arch: int) -> Iterator[str]:
-    """Yield what disqualifies any kernel."""
-    if report.stack:
-        yield f"spills {report.stack} bytes"
-    if report.shared > SHARED_LIMIT[arch]:
-        yield f"{report.shared} bytes of shared memory, {SHARED_LIMIT[arch]} allowed"
-    if report.i2f:
-        yield f"{report.i2f} int-to-float conversions"
-
-
-def dump(cubin: bytes) -> tuple[str, str]:
-    """Return the resource usage and the SASS that cuobjdump finds in `cubin`."""
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        texts = [
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        ]
-    return texts[0], texts[1]
-
-
-def main() -> int:
-    """Print the table; return 1 if there are faults."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--sample", action="store_true", help="only one variant per branch of the kernels")
-    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
-    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
-    parser.add_argument("--only", default="", help="only variants whose name contains this")
-    arguments = parser.parse_args()
-    chosen = [v for v in variants(arguments.sample) if v.arch in arguments.arch and arguments.only in str(v)]
-    sums = [arch for arch in arguments.arch if arguments.only in f"add_splits sm_{arch}"]
-    every_block = [(arch, row, single) for arch in arguments.arch for row, single in BLOCKS]
-    blocks = [block for block in every_block if arguments.only in block_name(*block)]
-    if not chosen and not sums and not blocks:
-        parser.error(f"no variant of this name: {arguments.only}")
-
-    # Both before Triton is imported, which is why the functions above import it themselves.
+def compiled(chosen: list[Job], processes: int) -> Iterator[Report]:
+    """Yield the report of each job, in order; afresh, so that it is what this compiler makes of these sources."""
+    # Read when Triton is imported, by functions above or in processes to come.
     os.environ.pop("TRITON_INTERPRET", None)
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-    reports = []
-    # A fresh cache: what is reported is what this compiler makes of these sources.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        if not arguments.json:
-            print(f"{'kernel':34} {'tile':15} regs stack shared mma{'':11} count i2f wide  instr", flush=True)
-        for r in chain(map(compile_variant, chosen), map(compile_sum, sums), starmap(compile_block, blocks)):
-            reports.append(r)
-            if not arguments.json:
-                print(
-                    f"{r.name:34} {r.tile:15} {r.registers:4} {r.stack:5} {r.shared:6} {r.mma:14} {r.mma_count:5}"
-                    f" {r.i2f:3} {r.wide_copies:5} {r.instructions:5}  {'; '.join(r.faults)}",
-                    flush=True,
-                )
-    if arguments.json:
+        if processes == 1:
+            yield from map(compile_job, chosen)
+            return
+        with get_context("spawn").Pool(processes) as pool:
+            yield from pool.imap(compile_job, chosen)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    summary, *rest = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(
+        description=summary, epilog="\n".join(rest), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sample", action="store_true", help="only one variant per branch of the kernels")
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument("--only", default="", help="only variants whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--update", action="store_true", help="write docs/bench/aot.json and aot.md, of everything")
+    options = parser.parse_args(arguments)
+    options.chosen = [j for j in jobs(options.sample) if j.arch in options.arch and options.only in str(j)]
+    if not options.chosen:
+        parser.error(f"no variant of this name: {options.only}")
+    if options.update and len(options.chosen) < len(list(jobs(sample=False))):
+        parser.error("--update takes everything: no --sample, --arch or --only")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; return 1 if there are faults."""
+    options = parse(arguments)
+    import triton
+
+    committed = {"triton": triton.__version__, "kernels": {}}
+    if not options.update:
+        committed = json.loads((BENCH / "aot.json").read_text(encoding="utf-8"))
+    comparable = not options.update and committed["triton"] == triton.__version__
+    if not comparable and not options.update:
+        print(f"docs/bench/aot.json is of Triton {committed['triton']}: counts not compared", file=sys.stderr)
+    if not options.json:
+        print(f"{'kernel':38} {'tile':15} regs stack shared mma{'':15} count i2f  wide instr  loop weight", flush=True)
+    reports = []
+    for job, report in zip(options.chosen, compiled(options.chosen, options.jobs), strict=True):
+        reports.append(report)
+        if comparable:
+            report.faults.extend(compare(report, committed["kernels"]))
+        if options.update:
+            found = asdict(report)
+            committed["kernels"][report.name] = {key: found[key] for key in SHOWN} | {"estimate": judged(report, job)}
+        if not options.json:
+            print(show(report), flush=True)
+    if options.json:
         print(json.dumps([asdict(r) for r in reports], indent=1))
     failed = [r for r in reports if r.faults]
     print(f"{len(reports)} compiled, {len(failed)} with faults", file=sys.stderr)
+    if options.update and not failed:
+        (BENCH / "aot.json").write_text(text(committed), encoding="utf-8")
+        (BENCH / "aot.md").write_text(markdown(committed), encoding="utf-8")
     return 1 if failed else 0
 
 

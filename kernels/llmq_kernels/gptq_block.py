@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq_kernels.tiling import COMPILE_OPTIONS, interpreted
+from llmq_kernels.launch import COMPILE_OPTIONS, interpreted
 
 MAX_COLUMNS = 128
 

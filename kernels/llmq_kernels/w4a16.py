@@ -8,10 +8,7 @@ with four slices of the activations. Storing eight neighbours in an int32, as GP
 word eight times: Triton's pipeliner copies the repetitions to shared memory, more than an H100 has at tiles
 of 128.
 
-**Nibble to float without a conversion instruction.** 0x6400 | n is the fp16 number 1024 + n, and 0x4300 | n
-the bf16 number 128 + n, both exact. Zeros are stored with the same 1024 or 128 added, so that one packed
-subtraction gives code - zero, exactly, two weights at a time. Folding scale and zero into one fused
-multiply-add instead would round (1024 + zero) * scale, which is a hundred times larger than the weight.
+Nibbles become floats as `nibbles` says: exactly, and without an instruction that converts.
 
 **Where the scale goes.** For few tokens it multiplies the float32 partial sum of its group: fewer
 operations, and weights stay exact. From 64 tokens on that takes too many registers, and each weight is
@@ -30,95 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq_kernels import tiling
-from llmq_kernels.tiling import Config, Layout, Packed
-
-# What makes a float of a nibble n: NIBBLE_BIAS + n, exactly. float32 converts, and needs no trick.
-NIBBLE_BIAS = {torch.float16: 1024, torch.bfloat16: 128, torch.float32: 0}
-
-# One 32-bit register ($4) carries two neighbouring words; lop3 with 0xea is (a & b) | c. $5 holds two biased
-# zeros for planes 0 and 1, $6 for planes 2 and 3: they differ where a chunk has two groups.
-UNPACK_FP16 = tl.constexpr("""{
-    .reg .b32 mask, bias, y, a, b, c, d;
-    mov.b32 mask, 0x000f000f;
-    mov.b32 bias, 0x64006400;
-    lop3.b32 a, $4, mask, bias, 0xea;
-    shr.u32 y, $4, 4;
-    lop3.b32 b, y, mask, bias, 0xea;
-    shr.u32 y, $4, 8;
-    lop3.b32 c, y, mask, bias, 0xea;
-    shr.u32 y, $4, 12;
-    lop3.b32 d, y, mask, bias, 0xea;
-    sub.f16x2 $0, a, $5;
-    sub.f16x2 $1, b, $5;
-    sub.f16x2 $2, c, $6;
-    sub.f16x2 $3, d, $6;
-}""")
-# sm_80 has no bf16 subtraction: a - z is the fused z * -1 + a, also exact.
-UNPACK_BF16 = tl.constexpr("""{
-    .reg .b32 mask, bias, minus, y, a, b, c, d;
-    mov.b32 mask, 0x000f000f;
-    mov.b32 bias, 0x43004300;
-    mov.b32 minus, 0xbf80bf80;
-    lop3.b32 a, $4, mask, bias, 0xea;
-    shr.u32 y, $4, 4;
-    lop3.b32 b, y, mask, bias, 0xea;
-    shr.u32 y, $4, 8;
-    lop3.b32 c, y, mask, bias, 0xea;
-    shr.u32 y, $4, 12;
-    lop3.b32 d, y, mask, bias, 0xea;
-    fma.rn.bf16x2 $0, $5, minus, a;
-    fma.rn.bf16x2 $1, $5, minus, b;
-    fma.rn.bf16x2 $2, $6, minus, c;
-    fma.rn.bf16x2 $3, $6, minus, d;
-}""")
-
-
-@triton.jit
-def unpack_asm(b_q, b_zlo, b_zhi, COMPUTE: tl.constexpr):
-    """Return code - zero of the four planes of the int16 words b_q, as COMPUTE (16-bit); zeros are biased."""
-    if COMPUTE == tl.float16:  # noqa: SIM300
-        planes = tl.inline_asm_elementwise(
-            asm=UNPACK_FP16,
-            constraints="=r,=r,=r,=r,r,r,r",
-            args=[b_q, b_zlo, b_zhi],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        planes = tl.inline_asm_elementwise(
-            asm=UNPACK_BF16,
-            constraints="=r,=r,=r,=r,r,r,r",
-            args=[b_q, b_zlo, b_zhi],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
-    return planes
-
-
-@triton.jit
-def biased_nibble(b_q, i: tl.constexpr, BIAS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return BIAS + nibble i of the int16 words b_q, as COMPUTE."""
-    b_n = (b_q >> (4 * i)) & 0xF
-    if COMPUTE == tl.float16:  # noqa: SIM300
-        b_w = (b_n | 0x6400).to(tl.float16, bitcast=True)
-    elif COMPUTE == tl.bfloat16:  # noqa: SIM300
-        b_w = (b_n | 0x4300).to(tl.bfloat16, bitcast=True)
-    else:
-        b_w = b_n.to(COMPUTE) + BIAS
-    return b_w
-
-
-@triton.jit
-def unpack_twin(b_q, b_zlo, b_zhi, BIAS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return what `unpack_asm` returns, by arithmetic that the interpreter and other GPUs can run."""
-    b_0 = biased_nibble(b_q, 0, BIAS, COMPUTE) - b_zlo
-    b_1 = biased_nibble(b_q, 1, BIAS, COMPUTE) - b_zlo
-    b_2 = biased_nibble(b_q, 2, BIAS, COMPUTE) - b_zhi
-    b_3 = biased_nibble(b_q, 3, BIAS, COMPUTE) - b_zhi
-    return b_0, b_1, b_2, b_3
+from llmq_kernels import few, layout, many, product
+from llmq_kernels.layout import Layout, Packed, Weight
+from llmq_kernels.nibbles import NIBBLE_BIAS, unpack_asm, unpack_twin
 
 
 @triton.jit
@@ -242,19 +153,14 @@ def w4a16_kernel(
 
 
 LAYOUT = Layout(
-    kernel=w4a16_kernel,
+    name="w4a16",
+    tiled=w4a16_kernel,
+    few=few.few_w4_kernel,
+    dequantize=many.dequantize_w4_kernel,
     bits=4,
     word=torch.int16,
     columns_per_word=4,
-    # BLOCK_N 64 is the least that wgmma takes on the left; small tiles for few tokens make more programs.
-    # No entry spills on sm_80 or sm_90 (scripts/sass_report.py); scaling partial sums at BLOCK_M 128
-    # spilled 544 bytes.
-    configs=(
-        Config(max_m=16, block_m=16, block_n=64, num_warps=4, num_stages=5, post_scale=True),
-        Config(max_m=32, block_m=32, block_n=64, num_warps=4, num_stages=4, post_scale=True),
-        Config(max_m=64, block_m=64, block_n=128, num_warps=4, num_stages=3, post_scale=False),
-        Config(max_m=2**31, block_m=128, block_n=128, num_warps=8, num_stages=3, post_scale=False),
-    ),
+    zero_bias=NIBBLE_BIAS,
 )
 
 
@@ -264,7 +170,7 @@ def refuses(n: int, k: int, bits: int, group_size: int, dtype: torch.dtype) -> s
     The group size must divide k, and be a multiple of 32 unless it is k. float32 activations are multiplied
     without tensor cores: right, and slow.
     """
-    return tiling.refuses(LAYOUT, n, k, bits, group_size, dtype)
+    return layout.refuses(LAYOUT, n, k, bits, group_size, dtype)
 
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, dtype: torch.dtype) -> Packed:
@@ -274,9 +180,9 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, d
     numbers in 0..16, or None where all are 8. The result holds int16 [Np, Kp / 4], and [Gp, Np] in `dtype`
     once or twice. ValueError says which argument does not fit.
     """
-    tiling.check_quantized(LAYOUT, codes, scales, zeros, group_size, dtype)
+    layout.check_quantized(LAYOUT, codes, scales, zeros, group_size, dtype)
     k = codes.shape[1]
-    padded = tiling.pad_codes(LAYOUT, codes, group_size)
+    padded = layout.pad_codes(LAYOUT, codes, group_size)
     rows, columns = padded.shape
     chunk = LAYOUT.chunk(k, group_size)
     planes = padded.view(rows, columns // chunk, 4, chunk // 4).unbind(2)
@@ -285,8 +191,8 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, d
     weight = torch.stack((low, high), dim=-1).view(torch.int16).reshape(rows, columns // 4)
     biased = None
     if zeros is not None:
-        biased = tiling.pack_groups(LAYOUT, zeros + NIBBLE_BIAS[dtype], k, group_size, dtype)
-    return Packed(weight, tiling.pack_groups(LAYOUT, scales, k, group_size, dtype), biased)
+        biased = layout.pack_groups(LAYOUT, zeros + NIBBLE_BIAS[dtype], k, group_size, dtype)
+    return Packed(weight, layout.pack_groups(LAYOUT, scales, k, group_size, dtype), biased)
 
 
 def unpack(packed: Sequence[Tensor | None], n: int, k: int, group_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -301,10 +207,10 @@ def unpack(packed: Sequence[Tensor | None], n: int, k: int, group_size: int) -> 
     low, high = halves.unbind(-1)
     planes = torch.stack((low & 15, low >> 4, high & 15, high >> 4), dim=2)
     codes = planes.reshape(rows, -1)[:n, :k].contiguous()
-    scales = tiling.unpack_groups(operands.scales, n, k, group_size)
+    scales = layout.unpack_groups(operands.scales, n, k, group_size)
     if operands.zeros is None:
         return codes, scales, None
-    zeros = tiling.unpack_groups(operands.zeros, n, k, group_size) - NIBBLE_BIAS[operands.zeros.dtype]
+    zeros = layout.unpack_groups(operands.zeros, n, k, group_size) - NIBBLE_BIAS[operands.zeros.dtype]
     return codes, scales, zeros
 
 
@@ -318,9 +224,10 @@ def matmul(
     *,
     splits: int | None = None,
 ) -> Tensor:
-    """Return ``x @ w.T + bias`` as [M, N] in the dtype of x; see `tiling.matmul`.
+    """Return ``x @ w.T + bias`` as [M, N] in the dtype of x; see `product.matmul`.
 
     x [M, K], any strides, in the dtype that `pack` was given; packed its result or the flat list of its
     tensors; bias [N] or None. ValueError says which argument does not fit.
     """
-    return tiling.matmul(LAYOUT, x, packed, bias, n, k, group_size, splits=splits)
+    operands = Packed(*packed)  # type: ignore[arg-type]  # only the zeros may be None
+    return product.matmul(x, Weight(LAYOUT, operands, n, k, group_size), bias, splits=splits)

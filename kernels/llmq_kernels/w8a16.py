@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmq_kernels import tiling
-from llmq_kernels.tiling import Config, Layout, Packed
+from llmq_kernels import few, layout, many, product
+from llmq_kernels.layout import ACTIVATIONS, Layout, Packed, Weight
 
 
 @triton.jit
@@ -119,17 +119,14 @@ def w8a16_kernel(
 
 
 LAYOUT = Layout(
-    kernel=w8a16_kernel,
+    name="w8a16",
+    tiled=w8a16_kernel,
+    few=few.few_w8_kernel,
+    dequantize=many.dequantize_w8_kernel,
     bits=8,
     word=torch.uint8,
     columns_per_word=1,
-    # As for w4a16.
-    configs=(
-        Config(max_m=16, block_m=16, block_n=64, num_warps=4, num_stages=4, post_scale=True),
-        Config(max_m=32, block_m=32, block_n=64, num_warps=4, num_stages=4, post_scale=True),
-        Config(max_m=64, block_m=64, block_n=128, num_warps=4, num_stages=3, post_scale=False),
-        Config(max_m=2**31, block_m=128, block_n=128, num_warps=8, num_stages=3, post_scale=False),
-    ),
+    zero_bias=dict.fromkeys(ACTIVATIONS, 0),
 )
 
 
@@ -139,7 +136,7 @@ def refuses(n: int, k: int, bits: int, group_size: int, dtype: torch.dtype) -> s
     The group size must divide k, and be a multiple of 32 unless it is k. float32 activations are multiplied
     without tensor cores: right, and slow.
     """
-    return tiling.refuses(LAYOUT, n, k, bits, group_size, dtype)
+    return layout.refuses(LAYOUT, n, k, bits, group_size, dtype)
 
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, dtype: torch.dtype) -> Packed:
@@ -149,12 +146,12 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, d
     0..256, or None where all are 128. The result holds uint8 [Np, Kp], and [Gp, Np] in `dtype` once or
     twice. ValueError says which argument does not fit.
     """
-    tiling.check_quantized(LAYOUT, codes, scales, zeros, group_size, dtype)
+    layout.check_quantized(LAYOUT, codes, scales, zeros, group_size, dtype)
     k = codes.shape[1]
     return Packed(
-        tiling.pad_codes(LAYOUT, codes, group_size).contiguous(),
-        tiling.pack_groups(LAYOUT, scales, k, group_size, dtype),
-        None if zeros is None else tiling.pack_groups(LAYOUT, zeros, k, group_size, dtype),
+        layout.pad_codes(LAYOUT, codes, group_size).contiguous(),
+        layout.pack_groups(LAYOUT, scales, k, group_size, dtype),
+        None if zeros is None else layout.pack_groups(LAYOUT, zeros, k, group_size, dtype),
     )
 
 
@@ -165,10 +162,10 @@ def unpack(packed: Sequence[Tensor | None], n: int, k: int, group_size: int) -> 
     """
     operands = Packed(*packed)  # type: ignore[arg-type]  # only the zeros may be None
     codes = operands.weight[:n, :k].contiguous()
-    scales = tiling.unpack_groups(operands.scales, n, k, group_size)
+    scales = layout.unpack_groups(operands.scales, n, k, group_size)
     if operands.zeros is None:
         return codes, scales, None
-    return codes, scales, tiling.unpack_groups(operands.zeros, n, k, group_size)
+    return codes, scales, layout.unpack_groups(operands.zeros, n, k, group_size)
 
 
 def matmul(
@@ -181,9 +178,10 @@ def matmul(
     *,
     splits: int | None = None,
 ) -> Tensor:
-    """Return ``x @ w.T + bias`` as [M, N] in the dtype of x; see `tiling.matmul`.
+    """Return ``x @ w.T + bias`` as [M, N] in the dtype of x; see `product.matmul`.
 
     x [M, K], any strides, in the dtype that `pack` was given; packed its result or the flat list of its
     tensors; bias [N] or None. ValueError says which argument does not fit.
     """
-    return tiling.matmul(LAYOUT, x, packed, bias, n, k, group_size, splits=splits)
+    operands = Packed(*packed)  # type: ignore[arg-type]  # only the zeros may be None
+    return product.matmul(x, Weight(LAYOUT, operands, n, k, group_size), bias, splits=splits)

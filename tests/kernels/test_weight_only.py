@@ -8,12 +8,10 @@ from kernel_cases import DEVICE, Weight, random_weight, random_x
 from tolerance import assert_close_to_float64
 from torch import Tensor
 
-from llmq_kernels import naive, tiling, w4a16, w8a16
+from llmq_kernels import naive, splits, w4a16, w8a16
 
 BITS = {w4a16: 4, w8a16: 8}
 modules = pytest.mark.parametrize("module", [w4a16, w8a16], ids=["w4a16", "w8a16"])
-# The interpreter has no bf16 arithmetic; there, bf16 is upcast right after loading.
-dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
 grids = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 # N, K, group size: ragged N; groups of half a chunk, one, several; K that ends inside a chunk; one group
 # per row.
@@ -40,10 +38,21 @@ def expected(x: Tensor, w: Weight, bias: bool = True) -> Tensor:
 
 
 @modules
-@dtypes
 @grids
 @shapes
-@pytest.mark.parametrize("m", [1, 5, 17, 40, 70])
+@pytest.mark.parametrize(
+    ("m", "dtype"),
+    # every row of the table of tiles; float32 has the first two
+    [
+        (5, torch.float16),
+        (17, torch.bfloat16),
+        (17, torch.float32),
+        (40, torch.float16),
+        (40, torch.float32),
+        (70, torch.bfloat16),
+    ],
+    ids=str,  # the interpreter has no bf16 arithmetic: there, bf16 is upcast right after loading
+)
 def test_matmul_is_naive(
     module: ModuleType, dtype: torch.dtype, symmetric: bool, n: int, k: int, group_size: int, m: int
 ) -> None:
@@ -171,18 +180,17 @@ def test_matmul_names_what_does_not_fit(module: ModuleType) -> None:
             module.matmul(*arguments)
 
 
+def test_splits_share_the_chunks_and_none_is_empty() -> None:
+    assert splits.divide(11, 1) == (11, 1)
+    assert splits.divide(11, 3) == (4, 3)
+    assert splits.divide(11, 64) == (1, 11)
+    assert splits.divide(9, 4) == (3, 3)
+
+
 def test_split_count_fills_the_gpu_and_keeps_splits_long() -> None:
-    assert tiling.split_count(tiles=64, chunks=32, processors=132) == 5
-    assert tiling.split_count(tiles=64, chunks=8, processors=132) == 2
-    assert tiling.split_count(tiles=512, chunks=64, processors=132) == 1
-    assert tiling.split_count(tiles=1, chunks=1, processors=132) == 1
-    assert tiling.split_count(tiles=1, chunks=1000, processors=132) == 8
-
-
-@modules
-def test_every_tile_fits_the_padding_of_n(module: ModuleType) -> None:
-    configs = module.LAYOUT.configs
-    assert all(tiling.TILE_N % c.block_n == 0 for c in configs)
-    assert [c.max_m for c in configs] == sorted(c.max_m for c in configs)
-    for m in (1, 16, 17, 64, 65, 10**6):
-        assert module.LAYOUT.config(m, torch.float16).max_m >= m
+    assert splits.split_count(tiles=128, chunks=32, processors=132, per_processor=16) == 8
+    assert splits.split_count(tiles=64, chunks=32, processors=132) == 5
+    assert splits.split_count(tiles=64, chunks=8, processors=132) == 2
+    assert splits.split_count(tiles=512, chunks=64, processors=132) == 1
+    assert splits.split_count(tiles=1, chunks=1, processors=132) == 1
+    assert splits.split_count(tiles=1, chunks=1000, processors=132) == 8
