@@ -159,9 +159,7 @@ class TiedHead(nn.Module):
         if self.kernel is None or self._dtype != x.dtype:
             self.prepare_(x.dtype)
         assert self.kernel is not None
-        bits, group_size, symmetric, n, _ = self.layer
-        output: Tensor = ops.quant_matmul(x, self.packed(), self.bias, self.kernel, bits, group_size, symmetric, n)
-        return output
+        return ops.matmul(x, self.packed(), self.bias, self.kernel, self.layer)
 
     @torch.no_grad()
     def prepare_(self, dtype: torch.dtype) -> None:

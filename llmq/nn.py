@@ -80,18 +80,17 @@ class QuantLinear(nn.Module):
         assert self.kernel is not None
         if (order := self._buffers.get("order")) is not None:
             x = x[..., order]
-        bits, group_size, symmetric, n, _ = self.layer
-        output: Tensor = ops.quant_matmul(x, self._packed(), self.bias, self.kernel, bits, group_size, symmetric, n)
-        return output
+        return ops.matmul(x, self._packed(), self.bias, self.kernel, self.layer)
 
     @torch.no_grad()
     def prepare_(self, dtype: torch.dtype) -> None:
         """Arrange the weight for the best kernel on this device and activations of `dtype`."""
         layer = self.layer
         kernel = ops.choose(layer, self._device(), dtype)
-        if kernel != self.kernel or (dtype != self._dtype and kernel != "reference"):
+        row, held = ops.KERNELS[kernel], None if self.kernel is None else ops.KERNELS[self.kernel]
+        if held is None or row.pack is not held.pack or (dtype != self._dtype and not row.as_read):
             stream, order = self._stream()
-            packed = ops.KERNELS[kernel].pack(stream, layer, dtype)
+            packed = row.pack(stream, layer, dtype)
             exact = stream.scales if ops.rounds(kernel, stream.scales, dtype) else None
             self._drop(tuple(self.stored) if self.kernel is None else self._kernel_names())
             self.hold_(kernel, dtype, packed, exact, order)
@@ -185,7 +184,7 @@ class QuantLinear(nn.Module):
         return tuple(name for name in self._buffers if name.startswith("packed_") or name in mine)
 
     def _packed(self) -> list[Tensor]:
-        return [self.get_buffer(name) for name in self._buffers if name.startswith("packed_")]
+        return [t for name, t in self._buffers.items() if t is not None and name.startswith("packed_")]
 
     def _drop(self, names: tuple[str, ...]) -> None:
         for name in names:

@@ -46,6 +46,8 @@ class Kernel(NamedTuple):
     # once and divided; None: they cannot
     outputs: tuple[int, ...] | None = None
     rows: int = 1  # outputs of each of these layers have to be a multiple of this
+    path: Callable[[Layer, int, torch.dtype], str] | None = None  # what it does with M tokens, if that depends on M
+    as_read: bool = False  # the arrangement is the stream that `pack` is given, scales unrounded, whatever the dtype
 
 
 def choose(layer: Layer, device: torch.device, dtype: torch.dtype) -> str:
@@ -65,7 +67,34 @@ def choose(layer: Layer, device: torch.device, dtype: torch.dtype) -> str:
 
 def rounds(kernel: str, scales: Tensor, dtype: torch.dtype) -> bool:
     """Return whether row `kernel` had to round `scales` for activations of `dtype`."""
-    return kernel != "reference" and not torch.equal(scales, scales.to(dtype).to(scales.dtype))
+    return not KERNELS[kernel].as_read and not torch.equal(scales, scales.to(dtype).to(scales.dtype))
+
+
+def matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, kernel: str, layer: Layer) -> Tensor:
+    """Return what `quant_matmul` does, without going through it where nothing but the result is wanted.
+
+    On a CPU the operator itself takes 20 µs, as long as a small layer.
+    """
+    k, n = layer.in_features, layer.out_features
+    if _is_watched(x, bias):
+        found: Tensor = quant_matmul(x, packed, bias, kernel, layer.bits, layer.group_size, layer.symmetric, n)
+        return found
+    return KERNELS[kernel].matmul(x.reshape(-1, k), packed, bias, layer).reshape(*x.shape[:-1], n)
+
+
+def _is_watched(x: Tensor, bias: Tensor | None) -> bool:
+    """Return whether more than the result may be wanted of a product with `x`: a gradient, a graph, another device."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return True
+    return (
+        type(x) is not Tensor
+        or x.device.type != "cpu"
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 @torch.library.custom_op("llmq::quant_matmul", mutates_args=())
@@ -203,6 +232,36 @@ def _codes(stream: Stream, layer: Layer) -> Tensor:
     return bitstream.unpack(stream.words, layer.bits, layer.in_features)
 
 
+def _native_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+    from llmq_kernels import native
+
+    if device.type != "cpu":
+        return f"runs on a CPU, not on {device.type}"
+    return native.pairs_refuse(layer.bits, layer.in_features, layer.group_size, dtype)
+
+
+def _native_float_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+    from llmq_kernels import native
+
+    if device.type != "cpu":
+        return f"runs on a CPU, not on {device.type}"
+    return native.refuses(layer.bits, layer.in_features, layer.group_size, dtype)
+
+
+def _native_pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+    from llmq_kernels import native
+
+    native.check_zeros(stream.zeros, layer.bits)
+    return [tensor.contiguous() for tensor in _reference_pack(stream, layer, dtype)]
+
+
+def _native_matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
+    from llmq_kernels import native
+
+    weight = (packed[0], packed[1], None if layer.symmetric else packed[2])
+    return native.matmul(x, weight, bias, layer.bits, layer.group_size)
+
+
 def _cpu_int4_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
     from llmq_kernels import cpu
 
@@ -299,10 +358,22 @@ def _always(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | Non
     return None
 
 
+def _native_path(layer: Layer, tokens: int, dtype: torch.dtype) -> str:
+    from llmq_kernels import native
+
+    return native.path(tokens, layer.in_features, layer.bits, layer.group_size, dtype)
+
+
+_NATIVE = (_native_pack, _reference_unpack, _native_matmul, (0, 0, 0), 1, _native_path, True)
+
 KERNELS: dict[str, Kernel] = {
+    "cpu_native": Kernel(_native_refuses, *_NATIVE),
     "cpu_int4pack": Kernel(_cpu_int4_refuses, _cpu_int4_pack, _cpu_int4_unpack, _cpu_int4_matmul, (0, 1), 64),
     "cpu_int8pack": Kernel(_cpu_int8_refuses, _cpu_int8_pack, _cpu_int8_unpack, _cpu_int8_matmul, (0, 0)),
+    "cpu_native_float": Kernel(_native_float_refuses, *_NATIVE),
     "triton_w4a16": _triton("llmq_kernels.w4a16"),
     "triton_w8a16": _triton("llmq_kernels.w8a16"),
-    "reference": Kernel(_always, _reference_pack, _reference_unpack, _reference_matmul, (0, 0, 0)),
+    "triton_w3a16": _triton("llmq_kernels.w3a16"),
+    "triton_w2a16": _triton("llmq_kernels.w2a16"),
+    "reference": Kernel(_always, _reference_pack, _reference_unpack, _reference_matmul, (0, 0, 0), as_read=True),
 }

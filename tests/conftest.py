@@ -32,3 +32,11 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this a machine without native kernels, whose place PyTorch's operators and the reference take."""
+    from llmq_kernels.native import build
+
+    monkeypatch.setattr(build, "_library", lambda bits: build.BuildError("not in this test"))

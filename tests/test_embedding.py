@@ -66,6 +66,7 @@ def test_in_bfloat16_it_is_as_near_as_dense_rows_are(made: Make, bits: int) -> N
     assert (found - exact).norm() <= 2 * (rounded - exact).norm()
 
 
+@pytest.mark.usefixtures("no_native")
 def test_kernels_of_the_head_are_those_of_linear_layers(made: Make) -> None:
     kernels = {}
     for bits, sym in ((8, True), (4, False), (3, False)):
@@ -74,6 +75,7 @@ def test_kernels_of_the_head_are_those_of_linear_layers(made: Make) -> None:
     assert kernels == {8: "cpu_int8pack", 4: "cpu_int4pack", 3: "reference"}
 
 
+@pytest.mark.usefixtures("no_native")
 @pytest.mark.parametrize(
     ("bits", "sym", "dtype", "kernel", "shared"),
     [
@@ -107,6 +109,7 @@ def test_the_rows_are_in_memory_once_where_the_kernel_keeps_them_apart(
     assert torch.equal(embedding(IDS), before)
 
 
+@pytest.mark.usefixtures("no_native")
 def test_rows_that_a_kernel_had_to_round_are_kept(made: Make, tmp_path: Path) -> None:
     def finer(content: dict[str, Tensor]) -> None:
         content[f"{NAME}.scales"] = content[f"{NAME}.scales"] * (1 + 2**-10)
@@ -182,6 +185,7 @@ def test_what_is_saved_is_what_was_loaded(made: Make, tmp_path: Path) -> None:
         assert torch.equal(logits(loaded(tmp_path / kind)), logits(model))
 
 
+@pytest.mark.usefixtures("no_native")
 def test_moving_casting_and_copying_leave_codes_and_scales_alone(made: Make) -> None:
     model: Any = loaded(made("gemma3", 4))
     before, stored = logits(model), PackedCheckpoint(made("gemma3", 4))

@@ -34,7 +34,7 @@ def test_quantizing_and_serving_on_a_gpu(tmp_path: Path, bits: int, sym: bool, d
     assert report.peak_memory_bytes["device"] > 0
 
     model = llmq.load(tmp_path / "packed", dtype=dtype, device="cuda")
-    rows = {2: "reference", 3: "reference", 4: "triton_w4a16", 8: "triton_w8a16"}
+    rows = {2: "triton_w2a16", 3: "triton_w3a16", 4: "triton_w4a16", 8: "triton_w8a16"}
     expected_row = "reference" if dtype == torch.float32 else rows[bits]
 
     def compare(layer: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ import typer
 from llmq import __version__
 from llmq.cli.ablate import ablate_command
 from llmq.cli.adapter import adapter_command
+from llmq.cli.bench import bench_command
 from llmq.cli.chat import chat_command
 from llmq.cli.collect import collect_command
 from llmq.cli.convert import convert_command
@@ -23,6 +24,7 @@ from llmq.cli.doctor import doctor_command
 from llmq.cli.eval import eval_command
 from llmq.cli.generate import generate_command
 from llmq.cli.inspect import inspect_command
+from llmq.cli.kernels import kernels_command
 from llmq.cli.plan import plan_command
 from llmq.cli.quantize import quantize_command
 from llmq.cli.recipe import recipe_command
@@ -104,6 +106,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify_command,
     "doctor": doctor_command,
     "inspect": inspect_command,
+    "kernels": kernels_command,
+    "bench": bench_command,
     "generate": generate_command,
     "chat": chat_command,
     "serve": serve_command,

@@ -17,13 +17,19 @@ from transformers import AutoModelForCausalLM, pipeline
 import llmq
 from llmq import ops
 from llmq.nn import QuantLinear
+from llmq_kernels.native import build
 
-# row of ops.KERNELS -> (bits, group size, sym, dtype) that it is the choice for; Triton's rows run in the interpreter
+# row of ops.KERNELS -> (bits, group size, sym, dtype) that it is the choice for: behind the native rows where nothing
+# can be compiled. Triton's rows run in the interpreter
 ROWS = {
+    "cpu_native": [(4, 32, True, torch.bfloat16), (3, 64, False, torch.bfloat16), (8, -1, True, torch.bfloat16)],
+    "cpu_native_float": [(2, 32, False, torch.float32), (4, 64, True, torch.float16), (8, 32, False, torch.float32)],
     "cpu_int4pack": [(4, 32, True, torch.bfloat16), (4, 64, False, torch.bfloat16)],
     "cpu_int8pack": [(8, -1, True, torch.bfloat16)],
     "triton_w4a16": [(4, 32, True, torch.float16), (4, 64, False, torch.float16), (4, -1, False, torch.float16)],
     "triton_w8a16": [(8, 32, True, torch.float16), (8, 64, False, torch.float16)],
+    "triton_w3a16": [(3, 32, True, torch.float16), (3, 64, False, torch.float16)],
+    "triton_w2a16": [(2, 32, False, torch.float16)],
     "reference": [
         (2, 32, False, torch.float32),
         (3, 32, True, torch.bfloat16),
@@ -31,6 +37,8 @@ ROWS = {
         (8, 32, False, torch.float16),
     ],
 }
+CPU = torch.device("cpu")
+NATIVE = {"cpu_native": torch.bfloat16, "cpu_native_float": torch.float32}
 CASES = [(row, *case) for row, cases in ROWS.items() for case in cases]
 
 
@@ -39,9 +47,13 @@ def test_every_row_of_the_kernel_table_is_covered() -> None:
 
 
 def choose_row(monkeypatch: pytest.MonkeyPatch, row: str) -> None:
-    """Make Triton's rows the choice on the CPU, where the interpreter runs them."""
+    """Make `row` the choice: of Triton's on the CPU, where the interpreter runs them, of others where they would be."""
     if row.startswith("triton"):
         monkeypatch.setattr(ops, "choose", lambda *_: row)
+    elif not row.startswith("cpu_native"):
+        monkeypatch.setattr(build, "_library", lambda bits: build.BuildError("not in this test"))
+    elif (reason := ops.KERNELS[row].refuses(ops.Layer(4, 64, True, 64, 64), CPU, NATIVE[row])) is not None:
+        pytest.skip(reason)
 
 
 @pytest.mark.parametrize(("row", "bits", "group_size", "sym", "dtype"), CASES, ids=lambda v: str(v).rpartition(".")[2])
@@ -115,6 +127,7 @@ def test_weights_stay_packed_in_memory(packed: Callable[..., Path], dtype: torch
     assert not any(p.ndim == 2 and "proj" in name for name, p in model.named_parameters())
 
 
+@pytest.mark.usefixtures("no_native")
 def test_device_map_and_pipeline_and_generate(packed: Callable[..., Path]) -> None:
     folder = packed()
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto", dtype=torch.bfloat16)
@@ -126,6 +139,7 @@ def test_device_map_and_pipeline_and_generate(packed: Callable[..., Path]) -> No
     assert len(text) > len("w1 w2 w3")
 
 
+@pytest.mark.usefixtures("no_native")
 def test_moving_and_casting_a_model_keeps_its_codes(packed: Callable[..., Path]) -> None:
     model = llmq.load(packed(4, 32, False), dtype=torch.bfloat16)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items() if "proj" in key}
@@ -149,6 +163,7 @@ def test_moving_and_casting_a_model_keeps_its_codes(packed: Callable[..., Path])
         model(ids)
 
 
+@pytest.mark.usefixtures("no_native")
 def test_scales_that_a_kernel_rounds_are_saved_exactly(packed: Callable[..., Path], tmp_path: Path) -> None:
     """A foreign file's float16 scales need not fit bfloat16."""
     content = load_file(packed() / "model.safetensors")

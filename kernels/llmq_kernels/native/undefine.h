@@ -1,0 +1,14 @@
+#undef NUMBER
+#undef NAME
+#undef COUNT
+#undef LOAD
+#undef ADD_PRODUCT
+#undef RESULT
+#undef STORE
+#undef ROW
+#undef TILE
+#undef VECTOR
+#undef GROUP
+#undef UNSCALED
+#undef PART
+#undef FEW
