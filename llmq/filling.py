@@ -22,7 +22,7 @@ from llmq.formats import streams
 from llmq.nn import QuantLinear
 from llmq.packed import PackedLayer
 
-_TOGETHER = 2**19  # bytes in files of layers that are read together: temporary memory is a few times as much
+_TOGETHER = 2**20  # bytes in files of layers that are read together: temporary memory is a few times as much
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,10 @@ class Unread:
         Raises:
             CheckpointError: a file cannot be read, or the tensors of a layer do not fit each other.
         """
+        layers = {name: layer for name, layer in model.named_modules() if name in self.places}
         with ShardReader(self.infos) as reader:
-            for names in self._batches(model, dtype):
-                modules = [_packed(model, name) for name in names]
+            for names in self._batches(layers, dtype):
+                modules = [_packed(layers, name) for name in names]
                 first = self.places[names[0]]
                 stacks = {}
                 for local in first.keys:
@@ -64,18 +65,18 @@ class Unread:
                 if not linears or not _hold_together(linears, stacks, dtype):
                     _hold_alone(modules, stacks, dtype, names)
 
-    def _batches(self, model: nn.Module, dtype: torch.dtype) -> Iterator[list[str]]:
+    def _batches(self, layers: Mapping[str, nn.Module], dtype: torch.dtype) -> Iterator[list[str]]:
         """Yield the names of layers that are read together."""
         alike: dict[object, list[str]] = {}
         for name, layer in self.places.items():
-            stored, linear = layer.stored, isinstance(_packed(model, name), QuantLinear)
+            stored, linear = layer.stored, isinstance(_packed(layers, name), QuantLinear)
             kind = (linear, stored.spec, stored.out_features, stored.in_features, *stored.layout.items())
             alike.setdefault(kind, []).append(name)
         for names in alike.values():
             layer = self.places[names[0]]
             nbytes = sum(self.infos[key].nbytes for key in layer.keys.values())
             size = 1
-            module = _packed(model, names[0])
+            module = _packed(layers, names[0])
             if isinstance(module, QuantLinear):
                 kernel = ops.KERNELS[ops.choose(module.layer, self.device, dtype)]
                 if kernel.outputs is not None and module.out_features % kernel.rows == 0:
@@ -136,7 +137,7 @@ def _hold_alone(
         prepare_(module, name, dtype)
 
 
-def _packed(model: nn.Module, name: str) -> QuantLinear | QuantEmbedding:
-    module = model.get_submodule(name)
+def _packed(layers: Mapping[str, nn.Module], name: str) -> QuantLinear | QuantEmbedding:
+    module = layers[name]
     assert isinstance(module, (QuantLinear, QuantEmbedding)), "it was put there"
     return module

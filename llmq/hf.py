@@ -203,17 +203,18 @@ class PackedQuantizer(HfQuantizer):
             layers = packed_layers(self.quantization_config.stored, infos, reader.read)
         places = placed(model, infos, layers)
         device = _only_device(device_map)
+        modules = dict(model.named_modules())  # `get_submodule` walks to each from the top
         for name, layer in places.items():
-            if isinstance(model.get_submodule(name), nn.Embedding):
+            if isinstance(modules[name], nn.Embedding):
                 pack_embedding_(model, name, layer.stored, dtype or torch.float32, empty=device is not None)
                 continue
             parent_name, _, local = name.rpartition(".")
-            bias = getattr(model.get_submodule(name), "bias", None) is not None
+            bias = getattr(modules[name], "bias", None) is not None
             n, k = layer.shape
             spec, layout = layer.stored.spec, layer.stored.layout
             buffers = "meta" if device is None else None
             new = QuantLinear(k, n, spec, bias=bias, dtype=dtype or torch.float32, layout=layout, device=buffers)
-            setattr(model.get_submodule(parent_name), local, new)
+            setattr(modules[parent_name], local, new)
             model.all_tied_weights_keys.pop(f"{name}.weight", None)  # a head with codes of its own is tied to nothing
         self._check_dense(model, infos, places, _where(checkpoint_files))
         if device is not None:
