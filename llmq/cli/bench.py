@@ -74,6 +74,6 @@ def _table(found: Benchmark) -> Table:
     )
     for speed in found.speeds:
         share = "" if speed.bandwidth_share is None else f"{speed.bandwidth_share:.0%}"
-        own, other = f"{speed.packed:.4g}", f"{speed.dense:.4g}"
+        own, other = f"{speed.packed:,.0f}", f"{speed.dense:,.0f}"
         table.add_row(speed.kind, str(speed.batch), str(speed.length), own, other, f"{speed.ratio:.2f}", share)
     return table

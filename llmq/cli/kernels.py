@@ -32,7 +32,9 @@ def kernels_command(
     if as_json:
         show_json({"device": device, "dtype": dtype, "choices": [_plain(choice) for choice in found]})
     else:
-        show(_table(found), "", _refusals(found))
+        show(_table(found))
+        if any(choice.refused for choice in found):
+            show("", _refusals(found))
 
 
 def _plain(choice: Choice) -> dict[str, object]:
