@@ -65,10 +65,12 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
             _open(rank, world, apart=apart)
             yield Ranks(rank, world, device), device
         except Ended as end:
+            _hear_no_term()
             error = end.error or (failure() if end.__cause__ else failure("it was told to end"))
             _leave(error, rank, world)
             raise error from None
         except (Exception, KeyboardInterrupt) as error:
+            _hear_no_term()
             _leave(error, rank, world)
             raise
         finally:
@@ -176,6 +178,12 @@ def _missed(rank: int) -> str | None:
     return None if alive else f"process {pid} on {host}"
 
 
+def _hear_no_term() -> None:
+    """Ignore SIGTERM from now on: the run is ending already, and how is still to be found out and said."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextmanager
 def _ends_on_term() -> Iterator[None]:
     """Let SIGTERM, by which torchrun stops what is left of a run, end it as an error does."""
@@ -184,7 +192,7 @@ def _ends_on_term() -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        _hear_no_term()  # once is enough
         raise Ended
 
     before = signal.signal(signal.SIGTERM, stop)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +20,11 @@ from layer_cases import K, linear
 from rank_cases import content, ended, ending, start, start_ranks
 from test_stage_problems import Seen, seen
 
+from llmq import joining
 from llmq.checkpoint import STAGING
 from llmq.errors import RankError
 from llmq.problems import Problem, Twin, measure
-from llmq.ranks import ALONE, LANES, Ranks, lane_of
+from llmq.ranks import ALONE, LANES, Ended, Ranks, lane_of
 from llmq.run import Run
 from llmq.stream import Stage
 
@@ -212,3 +215,20 @@ def test_an_error_ends_all_ranks_and_is_printed_once(source: Path, tmp_path: Pat
     assert second[1:] == ("", "")
     assert [path.name for path in taken.iterdir()] == ["mine.txt"]
     assert [path.name for path in output.iterdir()] == [STAGING]
+
+
+def test_a_term_while_the_end_is_looked_into_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> RankError:
+        os.kill(os.getpid(), signal.SIGTERM)  # by torchrun, which has seen the other rank end, too
+        return RankError("rank 1 of 2 was lost")
+
+    changes = {"world_here": lambda: (0, 2), "_open": lambda *_, **__: None, "_close": lambda: None}
+    changes |= {"_leave": lambda *_: None, "failure": found}
+    for name, change in changes.items():
+        monkeypatch.setattr(joining, name, change)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RankError, match="rank 1 of 2 was lost"), joining.joined(torch.device("cpu")):
+            raise Ended from RuntimeError("a connection broke")
+    finally:
+        signal.signal(signal.SIGTERM, before)
