@@ -178,6 +178,7 @@ def test_the_cache_is_where_the_user_has_caches(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_compiler", lambda: ["cc"])
     monkeypatch.setattr(build.platform, "machine", lambda: "riscv64")
     assert refused() == "compiled on Linux for x86_64 and aarch64 only, not on linux for riscv64"
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
