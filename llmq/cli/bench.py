@@ -74,6 +74,6 @@ def _table(found: Benchmark) -> Table:
     )
     for speed in found.speeds:
         share = "" if speed.bandwidth_share is None else f"{speed.bandwidth_share:.0%}"
-        own, other = f"{speed.packed:,.0f}", f"{speed.dense:,.0f}"
+        own, other = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for rate in (speed.packed, speed.dense))
         table.add_row(speed.kind, str(speed.batch), str(speed.length), own, other, f"{speed.ratio:.2f}", share)
     return table
