@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import ops
+from llmq.buffers import keep_dtypes_, stand_in
 from llmq.errors import CheckpointError
 from llmq.formats import Stored, llmq_layout, streams
 from llmq.types import QuantizedWeight
@@ -34,9 +35,7 @@ class QuantEmbedding(nn.Embedding):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """Nothing, of the embedding's dtype and on its device, for models that ask for these."""
-        empty = self._like.to(self._device())
-        empty._is_hf_initialized = True  # type: ignore[attr-defined]  # some want to fill it with random numbers
-        return empty
+        return stand_in(self._like, self._device())
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows [..., K] of the tokens `input` [...], whole numbers below the size of the vocabulary."""
@@ -125,10 +124,7 @@ class QuantEmbedding(nn.Embedding):
         before = {name: self._buffers[name] for name in self.stored.layout}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._like = fn(self._like)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        keep_dtypes_(self, before)
         return self
 
 

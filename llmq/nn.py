@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import ops
+from llmq.buffers import keep_dtypes_, stand_in
 from llmq.formats import FORMATS, TensorLayout, streams
 from llmq.types import QuantizedWeight, QuantSpec
 
@@ -63,9 +64,7 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Nothing, of the layer's dtype and on its device, for models that ask their linears for these."""
-        empty = self._like.to(self._device())
-        empty._is_hf_initialized = True  # type: ignore[attr-defined]  # some want to fill it with random numbers
-        return empty
+        return stand_in(self._like, self._device())
 
     @property
     def layer(self) -> ops.Layer:
@@ -197,10 +196,7 @@ class QuantLinear(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._like = fn(self._like)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        keep_dtypes_(self, before)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

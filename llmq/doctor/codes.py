@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from llmq.doctor.findings import ERROR, WARNING, Finding
 from llmq.doctor.measures import Measures
 from llmq.doctor.patient import Layer, Patient
 from llmq.formats import auto_round
+
+_T = TypeVar("_T")
 
 _SHIFTED = (0.6, 1.4)  # in codes: one, give or take what the weights' own mean does
 _OF_LAYERS = 0.75  # share that must be shifted alike: the tool that wrote them did it to all
@@ -39,51 +42,49 @@ def shifted_zeros(patient: Patient) -> Iterator[Finding]:
 
 def nibble_order(patient: Patient) -> Iterator[Finding]:
     """Report nibbles in the order of another format."""
-    found = [(layer.module, seen.interleaved) for layer, seen in _measured(patient) if seen.interleaved]
-    if found:
-        order = "0, 1, 2, …" if patient.quantization["quant_method"] == "awq" else "AWQ's, 0, 2, 4, 6, 1, …"
-        yield Finding(
-            "nibble-order", ERROR, tuple(module for module, _ in found),
-            f"{found[0][1]} fit the others only if the outputs in a word are in the order {order}",
-            "the writer packed them for another format; convert again from the original",
-        )  # fmt: skip
+    order = "0, 1, 2, …" if patient.quantization["quant_method"] == "awq" else "AWQ's, 0, 2, 4, 6, 1, …"
+    yield from _found(
+        "nibble-order", ERROR, [(layer, seen.interleaved) for layer, seen in _measured(patient) if seen.interleaved],
+        lambda first: f"{first} fit the others only if the outputs in a word are in the order {order}",
+        "the writer packed them for another format; convert again from the original",
+    )  # fmt: skip
 
 
 def dead_groups(patient: Patient) -> Iterator[Finding]:
     """Report groups whose codes are all alike."""
-    found = [(layer.module, seen.dead) for layer, seen in _measured(patient) if seen.dead > _DEAD]
-    if found:
-        yield Finding(
-            "groups-dead", WARNING, tuple(module for module, _ in found),
-            f"in {100 * found[0][1]:.0f} % of its groups all codes are the same",
-            "scales were too large for the weights; quantize these layers again",
-        )  # fmt: skip
+    yield from _found(
+        "groups-dead", WARNING, [(layer, seen.dead) for layer, seen in _measured(patient) if seen.dead > _DEAD],
+        lambda first: f"in {100 * first:.0f} % of its groups all codes are the same",
+        "scales were too large for the weights; quantize these layers again",
+    )  # fmt: skip
 
 
 def saturated_groups(patient: Patient) -> Iterator[Finding]:
     """Report layers with too many codes at the ends of their range."""
-    found = [(layer.module, seen.ends) for layer, seen in _measured(patient) if seen.ends > _ends_allowed(layer)]
-    if found:
-        yield Finding(
-            "codes-saturated", WARNING, tuple(module for module, _ in found),
-            f"{100 * found[0][1]:.0f} % of its codes are the smallest or the largest",
-            "scales were too small for the weights; quantize these layers again",
-        )  # fmt: skip
+    ends = [(layer, seen.ends) for layer, seen in _measured(patient) if seen.ends > _ends_allowed(layer)]
+    yield from _found(
+        "codes-saturated", WARNING, ends,
+        lambda first: f"{100 * first:.0f} % of its codes are the smallest or the largest",
+        "scales were too small for the weights; quantize these layers again",
+    )  # fmt: skip
 
 
 def noise(patient: Patient) -> Iterator[Finding]:
     """Report layers whose codes are spread evenly, as no trained weight's are."""
-    found = [
-        (layer.module, seen.uniform)
-        for layer, seen in _measured(patient)
-        if layer.spec.bits > 2 and seen.uniform < _NOISE
-    ]
-    if found:
-        yield Finding(
-            "codes-random", WARNING, tuple(module for module, _ in found),
-            f"every code is equally frequent (within a factor of {found[0][1]:.2f})",
-            "the layer holds memory that nobody wrote, or another layout; compare it with the original",
-        )  # fmt: skip
+    wide = [(layer, seen.uniform) for layer, seen in _measured(patient) if layer.spec.bits > 2]
+    yield from _found(
+        "codes-random", WARNING, [(layer, factor) for layer, factor in wide if factor < _NOISE],
+        lambda factor: f"every code is equally frequent (within a factor of {factor:.2f})",
+        "the layer holds memory that nobody wrote, or another layout; compare it with the original",
+    )  # fmt: skip
+
+
+def _found(
+    name: str, severity: str, layers: Sequence[tuple[Layer, _T]], says: Callable[[_T], str], advice: str
+) -> Iterator[Finding]:
+    """Report `layers`, if there are any, in the words of the first one's number."""
+    if layers:
+        yield Finding(name, severity, tuple(layer.module for layer, _ in layers), says(layers[0][1]), advice)
 
 
 def _ends_allowed(layer: Layer) -> float:
