@@ -1,4 +1,8 @@
-"""Tokens per second of a packed model and of a dense one, measured in turns in the same process."""
+"""Tokens per second of a packed model and of a dense one, measured in turns in the same process.
+
+On a GPU a decoding step is a CUDA graph over a cache of fixed size: call by call, launching takes longer than the work
+of most models. Where one of the two models cannot be captured neither is, and the result says why.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 _COPIED = 256 << 20  # bytes that are copied to find the bandwidth of memory, far beyond the caches
 _COPIES = 7
+_WARM = 2  # steps in front of a capture: they compile, and allocate what is kept
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Speed:
     dense: float
     ratio: float  # median of packed over dense, each pair taken one after the other
     bandwidth_share: float | None  # decode: bytes of packed weights per second, over what a copy moves
+    how: str  # both were run: as a CUDA graph, or call by call
 
 
 @dataclass(frozen=True)
@@ -129,8 +135,10 @@ def _speed(
     device = models[0].device
     vocabulary = int(models[0].config.get_text_config().vocab_size)
     ids = torch.randint(vocabulary, (batch, plan.prompt), generator=draw).to(device)
-    prepare = _decoding if kind == "decode" else _prefilling
-    steps = [prepare(model, ids) for model in models]
+    if kind == "decode":
+        steps, how = _decoding(models, ids, 1 + plan.repeats)
+    else:
+        steps, how = [_prefilling(model, ids) for model in models], "call by call"
     times: list[list[float]] = [[_seconds(step, device) for step in steps] for _ in range(1 + plan.repeats)][1:]
     tokens = batch * (1 if kind == "decode" else plan.prompt)
     packed, dense = (median(column) for column in zip(*times, strict=True))
@@ -142,10 +150,61 @@ def _speed(
         dense=tokens / dense,
         ratio=median(other / own for own, other in times),
         bandwidth_share=memory[0] / packed / memory[1] if kind == "decode" else None,
+        how=how,
     )
 
 
-def _decoding(model: PreTrainedModel, ids: Tensor) -> Callable[[], object]:
+def _decoding(models: Sequence[PreTrainedModel], ids: Tensor, count: int) -> tuple[list[Callable[[], object]], str]:
+    """Return what adds one token to each sequence of `ids`, `count` times, with each of the models; and how it runs.
+
+    It runs alike for all, so that their times compare.
+    """
+    growing = "call by call, with a cache that grows"
+    if not _has_graphs(ids.device):
+        return [_growing(model, ids) for model in models], growing
+    try:
+        steps = [_captured(_static(model, ids, _WARM + count), ids.device) for model in models]
+    except Exception as error:  # of any type: not every model has such a cache, nor a step that never waits
+        reason = next(iter(str(error).splitlines()), "")
+        return [_growing(model, ids) for model in models], f"{growing}: no CUDA graph, {type(error).__name__}: {reason}"
+    return steps, "as a CUDA graph, with a cache of fixed size"
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Return what replays `step`, of which `_WARM` have been run."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            alive = (step, step())  # what the graph reads has to live as long as it does
+
+    def replay() -> object:
+        graph.replay()
+        return alive
+
+    return replay
+
+
+def _static(model: PreTrainedModel, ids: Tensor, count: int) -> Callable[[], object]:
+    """Return what adds one token to each sequence of `ids`, `count` times, in a cache with room for just these."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + count)
+    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    last = ids[:, -1:].clone()
+    return lambda: model(last, past_key_values=cache, use_cache=True)
+
+
+def _growing(model: PreTrainedModel, ids: Tensor) -> Callable[[], object]:
     """Return what adds one token to each sequence of `ids`, and again."""
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     last = ids[:, -1:]

@@ -1,17 +1,17 @@
 """One block of GPTQ's column loop on a GPU, in a single launch: a Triton kernel in place of ten launches per column.
 
-The only place where quantizing reaches for `llmq_kernels`, and only for tensors that are on a GPU; without one, neither
-that package nor Triton is imported.
+Here, in `llmq.scale_search` and in `llmq.formats.bits` quantizing reaches for `llmq_kernels`, and only for tensors that
+are on a GPU; without one, neither that package nor Triton is imported.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmq.gpu import runs_triton
 from llmq.grids.uniform import UniformGrid
 from llmq.types import Grid
 
@@ -31,12 +31,7 @@ class Block(NamedTuple):
 
 def runs_on(device: torch.device, grid: Grid) -> bool:
     """Return whether `cuda_block` can round to `grid` on `device`: a GPU that Triton compiles for, levels in steps."""
-    return (
-        device.type == "cuda"
-        and isinstance(grid, UniformGrid)
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and find_spec("triton") is not None
-    )
+    return isinstance(grid, UniformGrid) and runs_triton(device)
 
 
 def cuda_block(block: Block, scales: Tensor, zeros: Tensor, grid: Grid) -> None:

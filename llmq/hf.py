@@ -30,12 +30,15 @@ from llmq.errors import CheckpointError, SpecError
 from llmq.families import auto_class
 from llmq.filling import Unread, prepare_
 from llmq.formats import METHODS
+from llmq.fusion import unite_
 from llmq.moe import Bank, fuse_, merges
 from llmq.names import file_names
 from llmq.nn import QuantLinear
 from llmq.packed import PackedLayer, packed_layers
+from llmq.packed_experts import gather_, is_gathered
 from llmq.places import banks_apart, placed
 from llmq.publishing import publish_with_card_
+from llmq.shared_inputs import sharing
 
 
 def load(
@@ -157,6 +160,7 @@ class PackedQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._banks: dict[str, Bank] = {}  # of experts that are packed
         self._unread: Unread | None = None
+        self._sharing: list[tuple[str, ...]] = []  # packed layers that see the same input
 
     @property
     def is_trainable(self) -> bool:
@@ -165,11 +169,11 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether generation may compile the model: yes, the operator has a fake implementation.
+        """Whether generation may compile the model: yes, the operators have fake implementations.
 
-        Not so where experts are packed: which of them run depends on the data.
+        Not so where packed experts run one by one: which of them do depends on the data.
         """
-        return not self._banks
+        return all(is_gathered(bank) for bank in self._banks.values())
 
     def is_serializable(self) -> bool:
         """Whether `save_pretrained` works: yes, with the tensors that were loaded."""
@@ -202,6 +206,7 @@ class PackedQuantizer(HfQuantizer):
         with ShardReader(infos) as reader:
             layers = packed_layers(self.quantization_config.stored, infos, reader.read)
         places = placed(model, infos, layers)
+        self._sharing = sharing(model, places)
         device = _only_device(device_map)
         modules = dict(model.named_modules())  # `get_submodule` walks to each from the top
         for name, layer in places.items():
@@ -257,6 +262,9 @@ class PackedQuantizer(HfQuantizer):
             for name, module in model.named_modules():
                 if isinstance(module, (QuantLinear, QuantEmbedding)):
                     prepare_(module, name, dtype)
+        unite_(model, self._sharing)
+        for bank in self._banks.values():
+            gather_(bank, dtype)
         for module in model.modules():  # after the embeddings, of which they are made
             if isinstance(module, TiedHead):
                 module.prepare_(dtype)

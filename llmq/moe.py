@@ -14,9 +14,9 @@ the module's own method.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,16 @@ class Part:
         return (fused.T if self.transposed else fused)[self.rows]
 
 
+class Together(Protocol):
+    """What runs all experts of a bank at once, where they are packed."""
+
+    def run(self, bank: Bank, hidden_states: Tensor, picked: Tensor, weights: Tensor) -> Tensor | None:
+        """Return what `Bank.forward` does; None: the bank's linears have to run one by one."""
+
+    def release_(self) -> None:
+        """Let go of what the linears hold: they are about to change it."""
+
+
 class Bank(nn.Module):
     """Experts that a router picks from, one linear layer per projection.
 
@@ -64,6 +74,7 @@ class Bank(nn.Module):
         super().__init__()
         self.names = names
         self.rows: Tensor | None = None  # the tokens of the expert that is running, for those who watch its linears
+        self.together: Together | None = None  # None: experts run one by one
         self._fused = (fused,)  # in a tuple: no submodule, its parameters are not the bank's
         first, second = _parameters(fused)
         inputs, outputs = _axes(fused)
@@ -105,12 +116,16 @@ class Bank(nn.Module):
     def inner(self, expert: int, x: Tensor) -> Tensor:
         """Return what the last projection of an expert reads, [T, I], for the bank's input `x` [T, D]."""
         outputs = [module(x) for module in self.projections(expert)[0]]
+        return self.activated(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))
+
+    def activated(self, outputs: Tensor) -> Tensor:
+        """Return what the last projection reads, [T, I], for the `outputs` [T, I or 2I] of the first, side by side."""
         if self.names.gate is None:
-            hidden: Tensor = self.fused.act_fn(outputs[0])
+            hidden: Tensor = self.fused.act_fn(outputs)
         elif self.fused.is_concatenated:
-            hidden = self.fused._apply_gate(torch.cat(outputs, dim=-1))
+            hidden = self.fused._apply_gate(outputs)
         else:
-            hidden = self.fused._apply_gate(torch.stack(outputs, dim=-1).flatten(-2))
+            hidden = self.fused._apply_gate(outputs.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
         return hidden
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -121,6 +136,10 @@ class Bank(nn.Module):
             top_k_index: picked experts, int64 [T, k]; numbers from `size` up pick none.
             top_k_weights: their weights, [T, k].
         """
+        if self.together is not None:
+            found = self.together.run(self, hidden_states, top_k_index, top_k_weights)
+            if found is not None:
+                return found
         out = torch.zeros_like(hidden_states)
         for expert, tokens, slots in _picked(top_k_index, self.size):
             self.rows = tokens
@@ -129,6 +148,12 @@ class Bank(nn.Module):
             out.index_add_(0, tokens, y.to(out.dtype))
         self.rows = None
         return out
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Bank:
+        if self.together is not None:
+            self.together.release_()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def parts(self) -> Iterator[Part]:
         """Yield where each tensor of the bank is in the fused parameters."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llmq import ops
 from llmq.buffers import keep_dtypes_, stand_in
 from llmq.formats import FORMATS, TensorLayout, streams
+from llmq.fusion import Fused
 from llmq.types import QuantizedWeight, QuantSpec
 
 
@@ -59,7 +60,9 @@ class QuantLinear(nn.Module):
         self.stored = layout
         self._like = torch.empty(0, dtype=dtype, device="cpu")  # no buffer: loaders would have work with each
         self.kernel: str | None = None  # row of ops.KERNELS that holds the weight; None: the checkpoint's tensors do
-        self._dtype: torch.dtype | None = None  # of the activations that the kernel was chosen for
+        self.prepared_for: torch.dtype | None = None  # of the activations that the kernel was chosen for
+        self.fused: Fused | None = None  # those that it shares its input with, and itself
+        self.place = 0  # among them
 
     @property
     def weight(self) -> Tensor:
@@ -70,16 +73,24 @@ class QuantLinear(nn.Module):
     def layer(self) -> ops.Layer:
         """The layer as kernels see it."""
         spec, n, k = self.spec, self.out_features, self.in_features
-        return ops.Layer(spec.bits, spec.group_columns(k), spec.symmetric, n, k)
+        return ops.Layer(spec.bits, spec.group_columns(k), spec.symmetric, n, k, spec.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output [..., N] for `x` [..., K]."""
-        if self.kernel is None or self._dtype != x.dtype:
+        if self.kernel is None or self.prepared_for != x.dtype:
             self.prepare_(x.dtype)
-        assert self.kernel is not None
-        if (order := self._buffers.get("order")) is not None:
-            x = x[..., order]
-        return ops.matmul(x, self._packed(), self.bias, self.kernel, self.layer)
+        if self.fused is not None and not torch.is_grad_enabled():
+            return self.fused.run(self, x)
+        return self.multiply(self.in_order(x))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return the layer's output [..., N] for `x` [..., K], whose columns are in the weight's order."""
+        assert self.kernel is not None, "it has been prepared"
+        return ops.matmul(x, self.packed(), self.bias, self.kernel, self.layer)
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """Return `x` [..., K] with its columns in the weight's order."""
+        return x if (order := self._buffers.get("order")) is None else x[..., order]
 
     @torch.no_grad()
     def prepare_(self, dtype: torch.dtype) -> None:
@@ -87,13 +98,15 @@ class QuantLinear(nn.Module):
         layer = self.layer
         kernel = ops.choose(layer, self._device(), dtype)
         row, held = ops.KERNELS[kernel], None if self.kernel is None else ops.KERNELS[self.kernel]
-        if held is None or row.pack is not held.pack or (dtype != self._dtype and not row.as_read):
+        if held is None or row.pack is not held.pack or (dtype != self.prepared_for and not row.as_read):
             stream, order = self._stream()
             packed = row.pack(stream, layer, dtype)
             exact = stream.scales if ops.rounds(kernel, stream.scales, dtype) else None
             self._drop(tuple(self.stored) if self.kernel is None else self._kernel_names())
             self.hold_(kernel, dtype, packed, exact, order)
-        self.kernel, self._dtype = kernel, dtype
+        self.kernel, self.prepared_for = kernel, dtype
+        if self.fused is not None:
+            self.fused.settle_()
 
     def hold_(
         self,
@@ -117,7 +130,14 @@ class QuantLinear(nn.Module):
         for name, tensor in tensors.items():
             if tensor is not None:
                 self.register_buffer(name, tensor, persistent=False)
-        self.kernel, self._dtype = kernel, dtype
+        self.kernel, self.prepared_for = kernel, dtype
+
+    def share_(self, packed: Sequence[Tensor], order: Tensor | None) -> None:
+        """Have the arrangement in these tensors, which are equal to its own, from now on, and this order."""
+        for position, tensor in enumerate(packed):
+            self._buffers[f"packed_{position}"] = tensor
+        if order is not None:
+            self._buffers["order"] = order
 
     def fill_(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the checkpoint's `tensors`, by their local names, as the buffers of a layer that was made `empty`."""
@@ -131,7 +151,7 @@ class QuantLinear(nn.Module):
             return
         stored = self._stored()
         self._drop(self._kernel_names())
-        self.kernel = self._dtype = None
+        self.kernel = self.prepared_for = None
         for name, tensor in stored.items():
             self.register_buffer(name, tensor)
 
@@ -139,7 +159,7 @@ class QuantLinear(nn.Module):
         """Return the weight on its grid; its columns are those of `columns`."""
         if self.kernel is None:
             return FORMATS[self.spec.format].unpack(self._stored(), self.spec)
-        weight = ops.KERNELS[self.kernel].unpack(self._packed(), self.layer)
+        weight = ops.KERNELS[self.kernel].unpack(self.packed(), self.layer)
         exact = self._buffers.get("exact_scales")
         return weight if exact is None else replace(weight, scales=exact.float())
 
@@ -182,10 +202,13 @@ class QuantLinear(nn.Module):
         mine = ("order", "exact_scales")
         return tuple(name for name in self._buffers if name.startswith("packed_") or name in mine)
 
-    def _packed(self) -> list[Tensor]:
+    def packed(self) -> list[Tensor]:
+        """Return the kernel's arrangement of the weight; nothing where no kernel holds it."""
         return [t for name, t in self._buffers.items() if t is not None and name.startswith("packed_")]
 
     def _drop(self, names: tuple[str, ...]) -> None:
+        if self.fused is not None:
+            self.fused.release_()
         for name in names:
             delattr(self, name)
 

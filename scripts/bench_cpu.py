@@ -4,6 +4,7 @@
     scripts/bench_cpu.py
     scripts/bench_cpu.py --bits 8 --group-size -1 --size 4096 --threads 2 --tokens 1 16 128
     scripts/bench_cpu.py --dtype float32 --bits 2 3 4 8
+    scripts/bench_cpu.py --grid codebook --bits 2 3 4
 
 Weights are cold: copies of more than the caches hold take turns. All candidates take turns too, and the least of the
 repeats counts. Time is that of the processor, over threads, so that what else runs on the machine is seen little; for
@@ -27,6 +28,7 @@ from torch.nn.functional import linear
 from llmq import ops
 from llmq.formats import bits as bitstream
 from llmq.formats.streams import Stream
+from llmq.grids import GRIDS, make_grid
 
 COLD = 160 << 20  # bytes that take turns: several times the third-level cache of the machine
 
@@ -39,8 +41,10 @@ def main() -> None:
         for size in args.size:
             for bits in args.bits:
                 group = size if args.group_size < 0 else args.group_size
-                layer = ops.Layer(bits, group, not args.asym, size, size)
-                print(f"\n{bits} bits, groups of {group}, N = K = {size}, {args.dtype}, {threads} threads; µs")
+                symmetric = not args.asym if args.grid == "uniform" else GRIDS[args.grid].symmetric[0]
+                layer = ops.Layer(bits, group, symmetric, size, size, args.grid)
+                kind = f"{args.grid}, {bits} bits, groups of {group}"
+                print(f"\n{kind}, N = K = {size}, {args.dtype}, {threads} threads; µs")
                 table(layer, dtype, args, threads)
 
 
@@ -51,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512])
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asym", action="store_true")
+    parser.add_argument("--grid", default="uniform", choices=list(GRIDS))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=30)
@@ -82,11 +87,15 @@ def dense(layer: ops.Layer, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 def packed(name: str, layer: ops.Layer, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Return a function that multiplies with the next of several packed weights, by row `name`."""
-    bits, group, symmetric, n, k = layer
+    bits, group, symmetric, n, k, grid_name = layer
+    grid = make_grid(grid_name, bits, symmetric)
     words = bitstream.pack(torch.randint(2**bits, (n, k), dtype=torch.uint8), bits)
     groups = (n, -(-k // group))
-    zeros = None if symmetric else torch.randint(2**bits, groups).to(torch.uint8 if bits < 8 else torch.int16)
-    made = ops.KERNELS[name].pack(Stream(words, torch.rand(groups).half() / 64, zeros), layer, dtype)
+    lowest, highest = grid.zeros
+    zeros = torch.randint(lowest, highest + 1, groups).to(torch.uint8 if bits < 8 else torch.int16)
+    levels = torch.randn(*groups, 2**bits).half() / 64 if grid.learns else None
+    scales = torch.ones(groups).half() if grid.learns else torch.rand(groups).half() / 64
+    made = ops.KERNELS[name].pack(Stream(words, scales, None if symmetric else zeros, levels), layer, dtype)
     copies = -(-COLD // sum(tensor.nbytes for tensor in made))
     turns = cycle([[tensor.clone() for tensor in made] for _ in range(copies)])
     return lambda x: ops.KERNELS[name].matmul(x, next(turns), None, layer)

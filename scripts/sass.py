@@ -33,7 +33,7 @@ ARCHITECTURES = {
 }
 
 COUNTED = {
-    "mma": r"\b(?:HMMA|HGMMA|UTCHMMA)\b",
+    "mma": r"\b(?:HMMA|HGMMA|UTCHMMA|IMMA|IGMMA|UTCIMMA)\b",
     "i2f": r"\bI2F",
     "wide_copies": r"\bLDG(?:STS)?\.E\S*\.(?:64|128)\b",
     # Only a division that rounds correctly has a subroutine, for what is near the ends of the exponent's range.

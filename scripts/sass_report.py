@@ -27,6 +27,10 @@ from typing import Any
 # Processes that are spawned find the file beside this one, and kernels that are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import sass_experts
+import sass_int8
+import sass_lut
+import sass_quantizing
 from sass import ARCHITECTURES, Report, Source, compile_kernel, estimate
 
 BENCH = Path(__file__).resolve().parents[1] / "docs" / "bench"
@@ -52,7 +56,9 @@ class Variant:
     dtype: str  # "fp16" or "bf16"
     columns: str  # key of COLUMNS
     zeros: bool
-    row: str  # "#0" to "#3": tiles, a row of the table; "M=1", "M=4": few tokens; "dense": dequantize for many
+    # "#0" to "#3": tiles, a row of the table; "M=1", "M=4": few tokens; "dense": dequantize for many; "experts 16" to
+    # "experts 128": tiles of the rows of experts; "experts alone": rows that are not sorted
+    row: str
 
     def __str__(self) -> str:
         """Return the name of its line."""
@@ -84,7 +90,7 @@ class Block:
         return f"gptq_block sm_{self.arch} {'single ' if self.single else ''}#{self.row}"
 
 
-Job = Variant | Sum | Block
+Job = Variant | Sum | Block | sass_int8.Int8 | sass_lut.Lookup | sass_quantizing.Search | sass_quantizing.Bits
 
 
 def jobs(sample: bool) -> Iterator[Job]:
@@ -92,29 +98,40 @@ def jobs(sample: bool) -> Iterator[Job]:
     if sample:
         yield from SAMPLE
         return
-    for kernel in ("w4a16", "w8a16"):
+    for kernel in ("w2a16", "w4a16", "w8a16"):
         for arch in ARCHITECTURES:
-            for dtype, columns, zeros in cases(arch):
+            for dtype, columns, zeros in cases(arch, kernel):
                 tiles = ("#0", "#1", "#2", "#3") if ARCHITECTURES[arch].mma else ()
                 for row in (*tiles, "M=1", "M=4", "dense"):
                     yield Variant(kernel, arch, dtype, columns, zeros, row)
+        yield from (Variant(kernel, *case) for case in sass_experts.cases(kernel))
     for arch in ARCHITECTURES:
         yield Sum(arch)
         yield from (Block(arch, row, single) for row, single in ((0, False), (1, False), (2, False), (0, True)))
+        yield from sass_int8.jobs(arch)
+        yield from sass_lut.jobs(arch)
+        yield from sass_quantizing.jobs(arch)
 
 
-def cases(arch: int) -> Iterator[tuple[str, str, bool]]:
-    """Yield dtype, columns and zeros: all on sm_80 and sm_90, a cross-section elsewhere."""
+def cases(arch: int, kernel: str) -> Iterator[tuple[str, str, bool]]:
+    """Yield dtype, columns and zeros: all on sm_80 and sm_90, a cross-section elsewhere and of 2 and 8 bits."""
     dtypes = ("fp16", "bf16") if arch >= 80 else ("fp16",)  # Turing has no bf16
-    if arch in (80, 90):
+    if arch in (80, 90) and kernel == "w4a16":
         yield from ((dtype, columns, zeros) for dtype in dtypes for columns in COLUMNS for zeros in (False, True))
         return
-    yield from ((dtypes[-1], columns, True) for columns in ("g32", "g128", "ragged"))
-    yield "fp16", "g128", False
+    yield from ((dtypes[-1], columns, True) for columns in ("g32", "g128"))
+    if kernel == "w4a16" or arch in (75, 80, 90):
+        yield dtypes[-1], "ragged", True
+        yield "fp16", "g128", False
 
 
 # Every row of the tables, dtype, kind of columns, branch and architecture; the likeliest spillers are among them.
 SAMPLE: tuple[Job, ...] = (
+    Variant("w2a16", 90, "bf16", "g128", True, "#0"),
+    Variant("w2a16", 80, "bf16", "g32", True, "#1"),
+    Variant("w2a16", 89, "bf16", "g128", True, "#3"),
+    Variant("w2a16", 75, "fp16", "g128", True, "M=4"),
+    Variant("w2a16", 90, "bf16", "ragged", True, "dense"),
     Variant("w4a16", 90, "bf16", "g128", False, "#0"),
     Variant("w4a16", 80, "fp16", "g128", True, "#0"),
     Variant("w4a16", 90, "fp16", "g32", True, "#1"),
@@ -125,10 +142,11 @@ SAMPLE: tuple[Job, ...] = (
     Variant("w4a16", 120, "bf16", "g32", True, "#0"),
     Variant("w4a16", 80, "fp16", "ragged", True, "#3"),
     Variant("w8a16", 90, "bf16", "g128", True, "#0"),
-    Variant("w8a16", 80, "fp16", "g32", False, "#1"),
-    Variant("w8a16", 90, "fp16", "row", True, "#2"),
-    Variant("w8a16", 89, "bf16", "ragged", True, "#3"),
-    Variant("w8a16", 100, "fp16", "g128", False, "#1"),
+    Variant("w8a16", 80, "fp16", "g128", False, "#1"),
+    Variant("w8a16", 90, "bf16", "g32", True, "#2"),
+    Variant("w8a16", 80, "bf16", "ragged", True, "#3"),
+    Variant("w8a16", 89, "bf16", "g128", True, "#3"),
+    Variant("w8a16", 100, "bf16", "g128", True, "#1"),
     Variant("w4a16", 90, "bf16", "g128", True, "M=1"),
     Variant("w4a16", 80, "fp16", "g32", True, "M=4"),
     Variant("w4a16", 75, "fp16", "g128", True, "M=4"),
@@ -138,11 +156,18 @@ SAMPLE: tuple[Job, ...] = (
     Variant("w4a16", 75, "fp16", "g32", True, "dense"),
     Variant("w4a16", 90, "bf16", "ragged", False, "dense"),
     Variant("w8a16", 100, "bf16", "g128", True, "dense"),
+    Variant("w4a16", 90, "bf16", "g128", True, "experts alone"),
+    Variant("w4a16", 80, "bf16", "g32", True, "experts 128"),
+    Variant("w8a16", 89, "bf16", "ragged", True, "experts 64"),
+    Variant("w8a16", 100, "bf16", "g128", True, "experts 16"),
     *(Sum(arch) for arch in (75, 90)),
     *(Block(arch, 2, False) for arch in (75, 80, 90, 100)),
     Block(86, 0, False),
     Block(89, 1, False),
     Block(90, 0, True),
+    *sass_int8.SAMPLE,
+    *sass_lut.SAMPLE,
+    *sass_quantizing.SAMPLE,
 )
 
 
@@ -157,8 +182,14 @@ def compile_job(job: Job) -> Report:
         if report.rounders < 2:
             report.faults.append("rounding optimized away")
         return report
+    if isinstance(job, sass_int8.Int8):
+        return sass_int8.compile_job(job)
+    if isinstance(job, sass_lut.Lookup):
+        return sass_lut.compile_job(job)
+    if isinstance(job, sass_quantizing.Search | sass_quantizing.Bits):
+        return sass_quantizing.compile_job(job)
     report = compile_kernel(source(job), job.arch)
-    if job.row[0] == "#" and not report.mma.startswith(ARCHITECTURES[job.arch].mma):
+    if job.row[0] in "#e" and not report.mma.startswith(ARCHITECTURES[job.arch].mma):
         report.faults.append(f"tensor core instruction {report.mma}, not {ARCHITECTURES[job.arch].mma}")
     if not report.wide_copies:
         report.faults.append("no load of 64 or 128 bits")
@@ -169,10 +200,10 @@ def source(variant: Variant) -> Source:
     """Return what to compile for `variant`: the row of the table that its architecture uses."""
     import torch
 
-    from llmq_kernels import few, launch, many, tables, tiling, w4a16, w8a16
+    from llmq_kernels import few, launch, many, tables, tiling, w2a16, w4a16, w8a16
     from llmq_kernels.layout import Packed, Weight
 
-    layout = {"w4a16": w4a16.LAYOUT, "w8a16": w8a16.LAYOUT}[variant.kernel]
+    layout = {"w2a16": w2a16.LAYOUT, "w4a16": w4a16.LAYOUT, "w8a16": w8a16.LAYOUT}[variant.kernel]
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[variant.dtype]
     k, group_size = COLUMNS[variant.columns]
     table = tables.read(tables.family((variant.arch // 10, variant.arch % 10)), variant.kernel)
@@ -190,6 +221,10 @@ def source(variant: Variant) -> Source:
         weight = Weight(layout, Packed(scales, scales), 4096, k, group_size)
         constants = few.constants(weight, row, int(variant.row[2:]))
         tile = f"{row.block_n}x{constants['M']} w{warps}"
+    elif variant.row in sass_experts.ROWS:
+        kernel, constants, tiled = sass_experts.kernel(layout, table, variant.row, dtype, k, group_size)
+        warps, options = tiled.num_warps, {"num_stages": tiled.num_stages}
+        tile = f"{tiled.block_n}x{tiled.block_m} w{tiled.num_warps} s{tiled.num_stages}"
     else:
         tiled = table.tiles[int(variant.row[1:])]
         kernel, warps, options = layout.tiled, tiled.num_warps, {"num_stages": tiled.num_stages}
@@ -198,6 +233,7 @@ def source(variant: Variant) -> Source:
     if not variant.zeros:
         constants["z_ptr"] = None
     pointers = dict.fromkeys(("x_ptr", "s_ptr", "z_ptr", "b_ptr", "o_ptr"), f"*{variant.dtype}")
+    pointers |= {"r_ptr": "*i64", "f_ptr": "*i64"}
     pointers["w_ptr"] = {torch.int16: "*i16", torch.uint8: "*u8"}[layout.word]
     options = {**options, "num_warps": warps, **launch.COMPILE_OPTIONS}
     weights = constants["BLOCK_N"] * constants["CHUNK"] / (32 * warps)
@@ -251,7 +287,13 @@ def markdown(committed: dict[str, Any]) -> str:
     ]
     for name, row in committed["kernels"].items():
         group_of_128 = "g128 asym" in name and ("bf16" in name or "sm_75" in name)
-        if group_of_128 or name.startswith(("add", "gptq")):
+        if (
+            group_of_128
+            or name.startswith(("add", "gptq"))
+            or sass_int8.is_shown(name)
+            or sass_lut.is_shown(name)
+            or sass_quantizing.is_shown(name)
+        ):
             cells = [f"{row[key]}" if row[key] else "" for key in SHOWN]
             lines.append(f"| {' | '.join([name.replace(' g128 asym', ''), *cells, row['estimate']])} |")
     return "\n".join(lines) + "\n"
@@ -266,7 +308,7 @@ def text(committed: dict[str, Any]) -> str:
 
 def judged(report: Report, job: Job) -> str:
     """Return what limits a kernel that is there to stream weights, and how far ahead the other limit is."""
-    if not isinstance(job, Variant) or job.row not in ("#0", "M=1", "M=4", "dense"):
+    if not isinstance(job, Variant | sass_lut.Lookup) or job.row not in ("#0", "M=1", "M=4", "dense"):
         return ""
     memory, issue = estimate(report)
     limit, ratio = ("memory", issue / memory) if issue >= memory else ("issue", memory / issue)

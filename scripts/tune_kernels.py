@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from llmq_kernels import few, layout, many, tables, tiling, w4a16, w8a16
+from llmq_kernels import few, layout, many, tables, tiling, w2a16, w4a16, w8a16
 from llmq_kernels.tables import Few, Tile
 
 SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "10240x8192", "57344x8192", "8192x28672")
@@ -31,7 +31,7 @@ GROUP = 128
 FEW_TOKENS = (1, 2, 4)
 TILE_TOKENS = (16, 32, 64, 128, 512)
 MANY_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
-MODULES = {"w4a16": w4a16, "w8a16": w8a16}
+MODULES = {"w2a16": w2a16, "w4a16": w4a16, "w8a16": w8a16}
 COLD = 512 << 20  # bytes of weights that take turns: ten times the cache of an H200
 CALLS = 20  # in one graph
 REPEATS = 10

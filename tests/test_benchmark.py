@@ -1,11 +1,13 @@
 """`llmq bench`: what it counts and compares. No test here asserts a speed."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import llmq as run
+from fake_cuda import FakeCuda
 from tiny_models import make_llama
 
 import llmq
@@ -80,9 +82,82 @@ def test_decoding_goes_on_from_its_cache(packed: Path) -> None:
     model = llmq.load(packed, dtype=torch.float32)
     ids = torch.arange(1, 7).view(2, 3)
     with torch.no_grad():
-        step = module._decoding(model, ids)
+        (step,), how = module._decoding([model], ids, 3)
+        assert how == "call by call, with a cache that grows"
         lengths = [step().past_key_values.get_seq_length() for _ in range(3)]  # type: ignore[attr-defined]
     assert lengths == [4, 5, 6]
+
+
+def test_a_cache_of_fixed_size_has_room_for_all_steps_and_gives_the_same_logits(packed: Path) -> None:
+    model = llmq.load(packed, dtype=torch.float32)
+    ids = torch.arange(1, 7).view(2, 3)
+    with torch.no_grad():
+        static, growing = module._static(model, ids, 3), module._growing(model, ids)
+        for _ in range(3):
+            # sums of attention have other zeros in between
+            torch.testing.assert_close(static().logits, growing().logits)  # type: ignore[attr-defined]
+        with pytest.raises(IndexError):
+            static()
+
+
+def test_a_step_in_a_cache_of_fixed_size_never_asks_for_a_value(dense: Path) -> None:
+    # Tensors on the meta device have none: what waits for the GPU, and so cannot be captured, fails here.
+    model = llmq.load(dense).to("meta")
+    with torch.no_grad():
+        step = module._static(model, torch.ones(2, 3, dtype=torch.int64, device="meta"), 2)
+        assert step().logits.shape == (2, 1, model.config.vocab_size)  # type: ignore[attr-defined]
+
+
+def test_a_step_is_warmed_up_captured_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    places: list[str] = []
+    replay = module._captured(lambda: places.append(cuda.where), CPU)
+    assert places == ["side"] * module._WARM + ["capture"]
+    for _ in range(3):
+        replay()
+    assert cuda.replays == 3
+    assert len(places) == module._WARM + 1
+
+
+def test_where_there_are_graphs_both_models_are_captured(
+    packed: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = []
+
+    def capture(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+        for _ in range(module._WARM):
+            step()
+        captured.append(step)
+        return step
+
+    monkeypatch.setattr(module, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(module, "_captured", capture)
+    found = benchmark(packed, Plan((2,), 4, 3), dtype=torch.float32, device=CPU, against=dense)
+    assert len(captured) == 2
+    assert [speed.how for speed in found.speeds] == ["as a CUDA graph, with a cache of fixed size", "call by call"]
+    shown = run("bench", packed, "--batch", 1, "--prompt", 4, "--repeats", 1, "--dtype", "float32").output
+    assert "decode 1: as a CUDA graph, with a cache of fixed size" in shown
+
+
+def test_what_cannot_be_captured_is_said_and_both_models_run_call_by_call(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def capture(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+        calls.append(step)
+        if len(calls) % 2:
+            return step
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(module, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(module, "_captured", capture)
+    options = ("--batch", 1, "--prompt", 4, "--repeats", 9, "--dtype", "float32")
+    found = json.loads(run("bench", packed, *options, "--json").output)
+    reason = "no CUDA graph, RuntimeError: operation not permitted when stream is capturing"
+    assert found["speeds"][0]["how"] == f"call by call, with a cache that grows: {reason}"
+    assert reason in " ".join(run("bench", packed, *options).output.split())
 
 
 def test_a_copy_has_a_speed() -> None:

@@ -61,7 +61,7 @@ def test_paths_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for pairs, wide, amx in [(True, True, False), (True, True, True), (False, True, False), (False, False, False)]:
         if pairs and not build.has_pairs(kernels):
             continue
-        monkeypatch.setattr(build, "library", lambda _: Recorded())
+        monkeypatch.setattr(build, "library", lambda *_: Recorded())
         monkeypatch.setattr(build, "has_pairs", lambda _, found=pairs: found)
         monkeypatch.setattr(build, "is_wide", lambda _, found=wide: found)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=amx: found)

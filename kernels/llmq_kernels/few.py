@@ -24,6 +24,7 @@ from torch import Tensor
 from llmq_kernels import launch, splits
 from llmq_kernels.layout import TWO_23_BITS, Weight
 from llmq_kernels.nibbles import centred_nibble
+from llmq_kernels.octets import centred_octet
 from llmq_kernels.tables import Few
 
 MAX_M = 4  # tokens that the kernels have sums for
@@ -221,18 +222,20 @@ def few_w8_kernel(
 ):
     """Store BLOCK_N columns of x [M, K] @ w.T (+ b [N]) into o [splits, M, N]; grid (N tiles, splits).
 
-    w uint8 [Np, Kp], s and z [Gp, Np], as `w8a16.pack` made them; z and b may be None. GROUP is 0 for one group per
-    row, else a multiple of CHUNK.
+    w int16 [Np, Kp / 2], s and z [Gp, Np], as `w8a16.pack` made them; z and b may be None. GROUP is 0 for one group per
+    row; else CHUNK divides GROUP, or each half of a chunk lies in one group.
     """
+    PLANE: tl.constexpr = CHUNK // 2
+    TWO_GROUPS: tl.constexpr = GROUP % CHUNK != 0
     i_n, i_k = tl.program_id(0), tl.program_id(1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_c = tl.arange(0, CHUNK)[None, :]
+    o_d = tl.arange(0, PLANE)[None, :]
     i_first = i_k * chunks_per_split
     i_last = tl.minimum(i_first + chunks_per_split, chunks)
 
     # Pointers walk, as in few_w4_kernel.
-    p_w = w_ptr + o_n.to(tl.int64)[:, None] * stride_wn + (i_first * CHUNK + o_c)
-    p_x0 = x_ptr + (i_first * CHUNK + o_c)
+    p_w = w_ptr + o_n.to(tl.int64)[:, None] * stride_wn + (i_first * PLANE + o_d)
+    p_x0 = x_ptr + (i_first * CHUNK + o_d)
     p_x1 = p_x0 + stride_xm
     p_x2 = p_x1 + stride_xm
     p_x3 = p_x2 + stride_xm
@@ -243,28 +246,30 @@ def few_w8_kernel(
     if z_ptr is not None:
         b_z = tl.load(z_ptr + o_n).to(tl.float32)[:, None] - ZERO_BIAS
 
-    b_acc0 = tl.zeros((BLOCK_N, CHUNK), tl.float32)
+    b_acc0 = tl.zeros((BLOCK_N, PLANE), tl.float32)
     b_acc1 = b_acc0
     b_acc2 = b_acc0
     b_acc3 = b_acc0
     for i_c in range(i_first, i_last):
-        if GROUP > 0:
-            o_g = i_c * CHUNK // GROUP * stride_sg + o_n  # below 2**31 up to 2**36 weights
-            b_scale = tl.load(s_ptr + o_g).to(tl.float32)[:, None]
-            if z_ptr is not None:
-                b_z = tl.load(z_ptr + o_g).to(tl.float32)[:, None] - ZERO_BIAS
-        b_w = (tl.load(p_w).to(tl.int32) | two_23_bits).to(tl.float32, bitcast=True) - (b_z + 8388608.0)
-        if GROUP > 0:
-            b_w *= b_scale  # exact: 9 and 11 bits
-        o_k = i_c * CHUNK + o_c
-        b_acc0 += b_w * load_x(p_x0, o_k, K, EVEN_K)
-        if M > 1:
-            b_acc1 += b_w * load_x(p_x1, o_k, K, EVEN_K)
-        if M > 2:
-            b_acc2 += b_w * load_x(p_x2, o_k, K, EVEN_K)
-        if M > 3:
-            b_acc3 += b_w * load_x(p_x3, o_k, K, EVEN_K)
-        p_w += CHUNK
+        b_q = tl.load(p_w).to(tl.int32)
+        for i in tl.static_range(2):
+            if GROUP > 0 and (i == 0 or TWO_GROUPS):
+                o_g = (i_c * CHUNK + i * PLANE) // GROUP * stride_sg + o_n  # below 2**31 up to 2**36 weights
+                b_scale = tl.load(s_ptr + o_g).to(tl.float32)[:, None]
+                if z_ptr is not None:
+                    b_z = tl.load(z_ptr + o_g).to(tl.float32)[:, None] - ZERO_BIAS
+            b_w = centred_octet(b_q, b_z, two_23_bits, i)
+            if GROUP > 0:
+                b_w *= b_scale  # exact: 9 and 11 bits
+            o_k = i_c * CHUNK + i * PLANE + o_d
+            b_acc0 += b_w * load_x(p_x0 + i * PLANE, o_k, K, EVEN_K)
+            if M > 1:
+                b_acc1 += b_w * load_x(p_x1 + i * PLANE, o_k, K, EVEN_K)
+            if M > 2:
+                b_acc2 += b_w * load_x(p_x2 + i * PLANE, o_k, K, EVEN_K)
+            if M > 3:
+                b_acc3 += b_w * load_x(p_x3 + i * PLANE, o_k, K, EVEN_K)
+        p_w += PLANE
         p_x0 += CHUNK
         p_x1 += CHUNK
         p_x2 += CHUNK

@@ -52,9 +52,14 @@ class Layout:
 
     def chunk(self, k: int, group_size: int) -> int:
         """Return the number of columns per step of the loop: the largest that keeps its groups simple."""
+        if self.bits == 2:
+            # A quarter of a chunk may be a group of its own. An eighth, 16 columns, is the least that tl.dot takes.
+            return 256 if group_size == k or group_size % 64 == 0 else 128
         if self.bits == 4:
             # Half a chunk may be a group of its own. A quarter, 16 columns, is the least that tl.dot takes.
             return 128 if group_size == k or group_size % 128 == 0 else 64
+        if self.columns_per_word == 2:
+            return 128 if group_size == k or group_size % 64 == 0 else 64
         # 128 bytes per step spilled at BLOCK_M 128 on sm_80.
         return 64 if group_size == k or group_size % 64 == 0 else 32
 
@@ -155,9 +160,9 @@ def check_operands(weight: Weight, x: Tensor, bias: Tensor | None) -> None:
     for name, tensor, shape, dtype in needs:
         if tensor is None:
             continue
-        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.stride(-1) != 1:
             raise ValueError(
-                f"{name}: {tensor.dtype} {list(tensor.shape)}; needs contiguous {dtype} {list(shape)}"
+                f"{name}: {tensor.dtype} {list(tensor.shape)}; needs {dtype} {list(shape)}, rows contiguous,"
                 f" for an [{n}, {k}] weight with group_size {weight.group_size} and {x.dtype} activations"
             )
         if tensor.device != x.device:

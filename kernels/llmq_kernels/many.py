@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from llmq_kernels import launch
 from llmq_kernels.layout import TILE_N, TWO_23_BITS, Layout, Weight
 from llmq_kernels.nibbles import centred_nibble
+from llmq_kernels.octets import centred_octet
 
 SLAB = 2**26  # weights in the scratch: 128 MiB in 16 bits
 
@@ -118,22 +119,26 @@ def dequantize_w8_kernel(
 
     w, s, z and GROUP as for `few.few_w8_kernel`.
     """
+    PLANE: tl.constexpr = CHUNK // 2
+    TWO_GROUPS: tl.constexpr = GROUP % CHUNK != 0
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_c = tl.arange(0, CHUNK)[None, :]
+    o_d = tl.arange(0, PLANE)[None, :]
     o_row = first + o_n
     p_w = w_ptr + o_row.to(tl.int64)[:, None] * stride_wn
     i_first = tl.program_id(1) * CHUNKS
     for i_c in range(i_first, tl.minimum(i_first + CHUNKS, chunks)):
-        o_g = o_row
-        if GROUP > 0:
-            o_g = i_c * CHUNK // GROUP * stride_sg + o_row  # below 2**31 up to 2**36 weights
-        b_s = tl.load(s_ptr + o_g).to(tl.float32)[:, None]
-        b_z = tl.full((BLOCK_N, 1), 128.0, tl.float32)
-        if z_ptr is not None:
-            b_z = tl.load(z_ptr + o_g).to(tl.float32)[:, None] - ZERO_BIAS
-        o_k = i_c * CHUNK + o_c
-        b_w = (tl.load(p_w + o_k).to(tl.int32) | two_23_bits).to(tl.float32, bitcast=True) - (b_z + 8388608.0)
-        store_weight(o_ptr, b_w, b_s, o_n, o_k, N, K, EVEN_K)
+        b_q = tl.load(p_w + (i_c * PLANE + o_d)).to(tl.int32)
+        for i in tl.static_range(2):
+            if i == 0 or TWO_GROUPS:
+                o_g = o_row
+                if GROUP > 0:
+                    o_g = (i_c * CHUNK + i * PLANE) // GROUP * stride_sg + o_row  # below 2**31 up to 2**36 weights
+                b_s = tl.load(s_ptr + o_g).to(tl.float32)[:, None]
+                b_z = tl.full((BLOCK_N, 1), 128.0, tl.float32)
+                if z_ptr is not None:
+                    b_z = tl.load(z_ptr + o_g).to(tl.float32)[:, None] - ZERO_BIAS
+            b_w = centred_octet(b_q, b_z, two_23_bits, i)
+            store_weight(o_ptr, b_w, b_s, o_n, i_c * CHUNK + i * PLANE + o_d, N, K, EVEN_K)
 
 
 def constants(layout: Layout, k: int, group_size: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -33,50 +33,37 @@ from llmq_kernels.nibbles import NIBBLE_BIAS, unpack_asm, unpack_twin
 
 
 @triton.jit
-def w4a16_kernel(
-    x_ptr,
-    w_ptr,
+def add_products_w4(
+    b_acc,
+    p_w,
+    p_x,
     s_ptr,
     z_ptr,
-    b_ptr,
-    o_ptr,
-    M,
-    N,
+    o_n,
+    mask_m,
+    i_first,
+    i_last,
     K,
-    chunks,
-    chunks_per_split,
-    stride_xm,
-    stride_wn,
     stride_sg,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     POST_SCALE: tl.constexpr,
     COMPUTE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Store a tile of x [M, K] @ w.T (+ b [N]) into o [splits, M, N]; grid (N tiles, M tiles, splits).
+    """Return b_acc [BLOCK_N, BLOCK_M] plus the products of chunks i_first to i_last, scaled.
 
-    w int16 [Np, Kp / 4], s and z [Gp, Np], as `pack` made them; z and b may be None. GROUP is 0 for one group
-    per row; else CHUNK divides GROUP, or each half of a chunk lies in one group.
+    p_w and p_x point to the first chunk of the weight and of the activations; s and z [Gp, Np] and the constants as for
+    `w4a16_kernel`; mask_m: which tokens there are.
     """
     PLANE: tl.constexpr = CHUNK // 4
     TWO_GROUPS: tl.constexpr = GROUP % CHUNK != 0
     BIAS: tl.constexpr = (
         1024 if s_ptr.dtype.element_ty == tl.float16 else (128 if s_ptr.dtype.element_ty == tl.bfloat16 else 0)
     )
-    i_n, i_m, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, PLANE)
-    i_first = i_k * chunks_per_split
-    i_last = tl.minimum(i_first + chunks_per_split, chunks)
-
-    p_w = w_ptr + o_n.to(tl.int64)[:, None] * stride_wn + (i_first * PLANE + o_d)[None, :]
-    p_x = x_ptr + o_m.to(tl.int64)[None, :] * stride_xm + (i_first * CHUNK + o_d)[:, None]
-    mask_m = (o_m < M)[None, :]
 
     # One group per row: its scale and zero are loaded here, once. Without zeros: the middle code, biased.
     b_slo = tl.load(s_ptr + o_n)[:, None]
@@ -86,7 +73,6 @@ def w4a16_kernel(
     b_shi = b_slo
     b_zhi = b_zlo
 
-    b_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for i_c in range(i_first, i_last):
         if GROUP > 0:
             o_g = i_c * CHUNK // GROUP * stride_sg + o_n  # below 2**31 up to 2**36 weights
@@ -146,6 +132,56 @@ def w4a16_kernel(
 
     if GROUP == 0:
         b_acc *= b_slo.to(tl.float32)
+    return b_acc
+
+
+@triton.jit
+def w4a16_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    b_ptr,
+    o_ptr,
+    M,
+    N,
+    K,
+    chunks,
+    chunks_per_split,
+    stride_xm,
+    stride_wn,
+    stride_sg,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    POST_SCALE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Store a tile of x [M, K] @ w.T (+ b [N]) into o [splits, M, N]; grid (N tiles, M tiles, splits).
+
+    w int16 [Np, Kp / 4], s and z [Gp, Np], as `pack` made them; z and b may be None. GROUP is 0 for one group
+    per row; else CHUNK divides GROUP, or each half of a chunk lies in one group.
+    """
+    PLANE: tl.constexpr = CHUNK // 4
+    i_n, i_m, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, PLANE)
+    i_first = i_k * chunks_per_split
+    i_last = tl.minimum(i_first + chunks_per_split, chunks)
+
+    p_w = w_ptr + o_n.to(tl.int64)[:, None] * stride_wn + (i_first * PLANE + o_d)[None, :]
+    p_x = x_ptr + o_m.to(tl.int64)[None, :] * stride_xm + (i_first * CHUNK + o_d)[:, None]
+    mask_m = (o_m < M)[None, :]
+
+    b_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    b_acc = add_products_w4(
+        b_acc, p_w, p_x, s_ptr, z_ptr, o_n, mask_m, i_first, i_last, K, stride_sg,
+        GROUP, CHUNK, EVEN_K, BLOCK_N, POST_SCALE, COMPUTE, ASM,
+    )  # fmt: skip
     if b_ptr is not None:
         b_acc += tl.load(b_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
     p_o = o_ptr + (i_k.to(tl.int64) * M + o_m.to(tl.int64)[None, :]) * N + o_n[:, None]

@@ -1,16 +1,12 @@
 """8-bit weights times 16-bit activations (W8A16), in Triton.
 
-**Layout.** uint8 [Np, Kp], K contiguous: the codes as they are, padded. Zeros are the zeros, in the dtype
-of the scales: whole numbers up to 256 are exact in bf16 (8 significant bits) and in fp16.
+**Layout.** As `w4a16`, with two planes instead of four: chunks of 128 columns (64 where a group has no multiple of 64)
+are cut into halves, and word r of a chunk holds in an int16 its codes r and, above, d + r for halves of d columns. A
+chunk is of one group, or each of its halves is. Bytes as they are would need no planes, but are not packed two to a
+register that floats could share: on sm_80 tiles of them took twice the instructions.
 
-**Byte to float without a conversion instruction.** 0x6400 | code is the fp16 number 1024 + code; for bf16,
-whose 7 mantissa bits do not hold a byte, 0x4B000000 | code is the float32 number 2**23 + code. Subtracting
-the zero with the same number added leaves code - zero, exactly; it is one of -256..255, so that rounding a
-float32 to bf16 loses nothing. A plain cast compiles to one int-to-float instruction per weight on sm_80, at
-a quarter of the rate or less, and for fp16 on sm_90 too. Inline assembly, which halves the work on nibbles,
-has nothing to add: bytes are not packed two to a register that floats could share.
-
-Where the scale goes, and what a chunk is: as in `w4a16`, with the chunk always inside one group.
+Zeros are the zeros, in the dtype of the scales: whole numbers up to 256 are exact in bf16 (8 significant bits) and in
+fp16. How codes become floats says `octets`; where the scale goes is as in `w4a16`.
 """
 
 # Kernels are not Python to be type-checked; everything else here is annotated.
@@ -27,17 +23,96 @@ from torch import Tensor
 
 from llmq_kernels import few, layout, many, product
 from llmq_kernels.layout import ACTIVATIONS, Layout, Packed, Weight
+from llmq_kernels.octets import addend, unpack_asm, unpack_twin
 
 
 @triton.jit
-def centred(b_q, b_z, COMPUTE: tl.constexpr):
-    """Return code - zero, as COMPUTE, of the uint8 codes b_q and the zeros b_z; exact."""
-    if COMPUTE == tl.float16:  # noqa: SIM300
-        b_w = (b_q.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (b_z + 1024)
-    else:
-        b_big = (b_q.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
-        b_w = (b_big - (b_z.to(tl.float32) + 8388608)).to(COMPUTE)
-    return b_w
+def add_products_w8(
+    b_acc,
+    p_w,
+    p_x,
+    s_ptr,
+    z_ptr,
+    o_n,
+    mask_m,
+    i_first,
+    i_last,
+    K,
+    stride_sg,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    POST_SCALE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Return b_acc [BLOCK_N, BLOCK_M] plus the products of chunks i_first to i_last, scaled.
+
+    p_w and p_x point to the first chunk of the weight and of the activations; s and z [Gp, Np] and the constants as for
+    `w8a16_kernel`; mask_m: which tokens there are.
+    """
+    PLANE: tl.constexpr = CHUNK // 2
+    TWO_GROUPS: tl.constexpr = GROUP % CHUNK != 0
+    MIDDLE: tl.constexpr = z_ptr is None
+    o_d = tl.arange(0, PLANE)
+
+    # One group per row: its scale and zero are loaded here, once. Without zeros: the middle code.
+    b_slo = tl.load(s_ptr + o_n)[:, None]
+    b_zlo = tl.full((BLOCK_N, 1), 128, s_ptr.dtype.element_ty)
+    if z_ptr is not None:
+        b_zlo = tl.load(z_ptr + o_n)[:, None]
+    b_shi = b_slo
+    b_zhi = b_zlo
+
+    for i_c in range(i_first, i_last):
+        if GROUP > 0:
+            o_g = i_c * CHUNK // GROUP * stride_sg + o_n  # below 2**31 up to 2**36 weights
+            b_slo = tl.load(s_ptr + o_g)[:, None]
+            b_shi = b_slo
+            if z_ptr is not None:
+                b_zlo = tl.load(z_ptr + o_g)[:, None]
+                b_zhi = b_zlo
+            if TWO_GROUPS:
+                o_g = (i_c * CHUNK + PLANE) // GROUP * stride_sg + o_n
+                b_shi = tl.load(s_ptr + o_g)[:, None]
+                if z_ptr is not None:
+                    b_zhi = tl.load(z_ptr + o_g)[:, None]
+        b_q = tl.load(p_w)
+        mask_0 = mask_m
+        mask_1 = mask_m
+        if not EVEN_K:
+            o_k = (i_c * CHUNK + o_d)[:, None]
+            mask_0 = mask_m & (o_k < K)
+            mask_1 = mask_m & (o_k + PLANE < K)
+        b_x0 = tl.load(p_x, mask=mask_0, other=0.0).to(COMPUTE)
+        b_x1 = tl.load(p_x + PLANE, mask=mask_1, other=0.0).to(COMPUTE)
+        b_0, b_1 = addend(b_zlo, COMPUTE), addend(b_zhi, COMPUTE)
+        if ASM:
+            b_w0, b_w1 = unpack_asm(b_q, b_0, b_1, MIDDLE, COMPUTE)
+        else:
+            b_w0, b_w1 = unpack_twin(b_q, b_0, 0, COMPUTE), unpack_twin(b_q, b_1, 1, COMPUTE)
+
+        if GROUP == 0:
+            b_acc = tl.dot(b_w0, b_x0, b_acc, input_precision="ieee")
+            b_acc = tl.dot(b_w1, b_x1, b_acc, input_precision="ieee")
+        elif POST_SCALE:
+            b_p = tl.dot(b_w0, b_x0, input_precision="ieee")
+            if TWO_GROUPS:
+                b_acc += b_p * b_slo.to(tl.float32)
+                b_p = tl.dot(b_w1, b_x1, input_precision="ieee")
+            else:
+                b_p = tl.dot(b_w1, b_x1, b_p, input_precision="ieee")
+            b_acc += b_p * b_shi.to(tl.float32)
+        else:
+            b_acc = tl.dot(b_w0 * b_slo.to(COMPUTE), b_x0, b_acc, input_precision="ieee")
+            b_acc = tl.dot(b_w1 * b_shi.to(COMPUTE), b_x1, b_acc, input_precision="ieee")
+        p_w += PLANE
+        p_x += CHUNK
+
+    if GROUP == 0:
+        b_acc *= b_slo.to(tl.float32)
+    return b_acc
 
 
 @triton.jit
@@ -67,51 +142,26 @@ def w8a16_kernel(
 ):
     """Store a tile of x [M, K] @ w.T (+ b [N]) into o [splits, M, N]; grid (N tiles, M tiles, splits).
 
-    w uint8 [Np, Kp], s and z [Gp, Np], as `pack` made them; z and b may be None. GROUP is 0 for one group
-    per row, else a multiple of CHUNK. ASM changes nothing here: the argument list is that of every kernel
-    of `tiling`.
+    w int16 [Np, Kp / 2], s and z [Gp, Np], as `pack` made them; z and b may be None. GROUP is 0 for one group per row;
+    else CHUNK divides GROUP, or each half of a chunk lies in one group.
     """
+    PLANE: tl.constexpr = CHUNK // 2
     i_n, i_m, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_c = tl.arange(0, CHUNK)
+    o_d = tl.arange(0, PLANE)
     i_first = i_k * chunks_per_split
     i_last = tl.minimum(i_first + chunks_per_split, chunks)
 
-    p_w = w_ptr + o_n.to(tl.int64)[:, None] * stride_wn + (i_first * CHUNK + o_c)[None, :]
-    p_x = x_ptr + o_m.to(tl.int64)[None, :] * stride_xm + (i_first * CHUNK + o_c)[:, None]
+    p_w = w_ptr + o_n.to(tl.int64)[:, None] * stride_wn + (i_first * PLANE + o_d)[None, :]
+    p_x = x_ptr + o_m.to(tl.int64)[None, :] * stride_xm + (i_first * CHUNK + o_d)[:, None]
     mask_m = (o_m < M)[None, :]
 
-    # One group per row: its scale and zero are loaded here, once. Without zeros: the middle code.
-    b_s = tl.load(s_ptr + o_n)[:, None]
-    b_z = tl.full((BLOCK_N, 1), 128, s_ptr.dtype.element_ty)
-    if z_ptr is not None:
-        b_z = tl.load(z_ptr + o_n)[:, None]
-
     b_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for i_c in range(i_first, i_last):
-        if GROUP > 0:
-            o_g = i_c * CHUNK // GROUP * stride_sg + o_n  # below 2**31 up to 2**36 weights
-            b_s = tl.load(s_ptr + o_g)[:, None]
-            if z_ptr is not None:
-                b_z = tl.load(z_ptr + o_g)[:, None]
-        b_w = centred(tl.load(p_w), b_z, COMPUTE)
-        mask = mask_m
-        if not EVEN_K:
-            mask = mask_m & ((i_c * CHUNK + o_c)[:, None] < K)
-        b_x = tl.load(p_x, mask=mask, other=0.0).to(COMPUTE)
-
-        if GROUP == 0:
-            b_acc = tl.dot(b_w, b_x, b_acc, input_precision="ieee")
-        elif POST_SCALE:
-            b_acc += tl.dot(b_w, b_x, input_precision="ieee") * b_s.to(tl.float32)
-        else:
-            b_acc = tl.dot(b_w * b_s.to(COMPUTE), b_x, b_acc, input_precision="ieee")
-        p_w += CHUNK
-        p_x += CHUNK
-
-    if GROUP == 0:
-        b_acc *= b_s.to(tl.float32)
+    b_acc = add_products_w8(
+        b_acc, p_w, p_x, s_ptr, z_ptr, o_n, mask_m, i_first, i_last, K, stride_sg,
+        GROUP, CHUNK, EVEN_K, BLOCK_N, POST_SCALE, COMPUTE, ASM,
+    )  # fmt: skip
     if b_ptr is not None:
         b_acc += tl.load(b_ptr + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
     p_o = o_ptr + (i_k.to(tl.int64) * M + o_m.to(tl.int64)[None, :]) * N + o_n[:, None]
@@ -124,8 +174,8 @@ LAYOUT = Layout(
     few=few.few_w8_kernel,
     dequantize=many.dequantize_w8_kernel,
     bits=8,
-    word=torch.uint8,
-    columns_per_word=1,
+    word=torch.int16,
+    columns_per_word=2,
     zero_bias=dict.fromkeys(ACTIVATIONS, 0),
 )
 
@@ -143,13 +193,16 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, d
     """Return the operands of `matmul` for activations of `dtype`.
 
     codes uint8 [N, K]; scales [N, G], of either sign, rounded to `dtype`; zeros [N, G] whole numbers in
-    0..256, or None where all are 128. The result holds uint8 [Np, Kp], and [Gp, Np] in `dtype` once or
+    0..256, or None where all are 128. The result holds int16 [Np, Kp / 2], and [Gp, Np] in `dtype` once or
     twice. ValueError says which argument does not fit.
     """
     layout.check_quantized(LAYOUT, codes, scales, zeros, group_size, dtype)
     k = codes.shape[1]
+    padded = layout.pad_codes(LAYOUT, codes, group_size)
+    rows, columns = padded.shape
+    halves = padded.view(rows, -1, 2, LAYOUT.chunk(k, group_size) // 2)
     return Packed(
-        layout.pad_codes(LAYOUT, codes, group_size).contiguous(),
+        halves.transpose(2, 3).contiguous().view(torch.int16).reshape(rows, columns // 2),
         layout.pack_groups(LAYOUT, scales, k, group_size, dtype),
         None if zeros is None else layout.pack_groups(LAYOUT, zeros, k, group_size, dtype),
     )
@@ -161,7 +214,9 @@ def unpack(packed: Sequence[Tensor | None], n: int, k: int, group_size: int) -> 
     The inverse of `pack`: codes and zeros are those that were packed.
     """
     operands = Packed(*packed)  # type: ignore[arg-type]  # only the zeros may be None
-    codes = operands.weight[:n, :k].contiguous()
+    rows = operands.weight.shape[0]
+    halves = operands.weight.view(torch.uint8).view(rows, -1, LAYOUT.chunk(k, group_size) // 2, 2)
+    codes = halves.transpose(2, 3).reshape(rows, -1)[:n, :k].contiguous()
     scales = layout.unpack_groups(operands.scales, n, k, group_size)
     if operands.zeros is None:
         return codes, scales, None

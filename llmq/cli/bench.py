@@ -64,8 +64,17 @@ def _facts(found: Benchmark) -> list[tuple[str, object]]:
         ("packed", f"{found.path}, {human_bytes(found.packed_bytes)} of weights in memory"),
         ("dense", f"{found.dense}, {human_bytes(found.dense_bytes)}"),
         ("computed in", f"{found.dtype} on {found.machine['device_name']}, {found.machine['threads']} threads"),
+        *(("timed", how) for how in _ways(found)),
         ("memory", f"a large copy moves {human_bytes(int(found.bandwidth))}/s; peak of both models: {peak}"),
     ]
+
+
+def _ways(found: Benchmark) -> list[str]:
+    """Return how the models were run, each way once, with what was run so."""
+    kinds: dict[str, list[str]] = {}
+    for speed in found.speeds:
+        kinds.setdefault(speed.how, []).append(f"{speed.kind} {speed.batch}")
+    return [f"{', '.join(names)}: {how}" for how, names in kinds.items()]
 
 
 def _table(found: Benchmark) -> Table:

@@ -1,4 +1,4 @@
-"""``llmq kernels``: which kernel runs each layer of a packed folder, and why not a better one."""
+"""``llmq kernels``: which kernel runs each layer of a packed folder, why not a better one, and what is one product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmq.cli.models import DEVICE_HELP, DTYPE_HELP, parse_device, parse_dtype
 from llmq.cli.tables import show, show_json
 
 if TYPE_CHECKING:
-    from llmq.choices import Choice
+    from llmq.choices import Choice, Together
 
 
 def kernels_command(
@@ -21,20 +21,27 @@ def kernels_command(
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show which kernel runs each kind of layer here, what it does with M tokens, and why better ones do not run it."""
+    """Show which kernel runs each kind of layer here, what it does with M tokens, and why better ones do not run it.
+
+    Layers that see the same input, such as q, k and v, are listed apart: for few tokens they are one product.
+    """
     from llmq.checkpoint import resolve
-    from llmq.choices import choices
+    from llmq.choices import choices, together
 
     where = parse_device(device)
     precision = parse_dtype(dtype, where)
     assert precision is not None, "it was named"
-    found = choices(resolve(directory), where, precision)
+    folder = resolve(directory)
+    found, shared = choices(folder, where, precision), together(folder, where, precision)
     if as_json:
-        show_json({"device": device, "dtype": dtype, "choices": [_plain(choice) for choice in found]})
+        plain = {"choices": [_plain(choice) for choice in found], "fused": [asdict(group) for group in shared]}
+        show_json({"device": device, "dtype": dtype, **plain})
     else:
         show(_table(found))
         if any(choice.refused for choice in found):
             show("", _refusals(found))
+        if shared:
+            show("", _fused(shared))
 
 
 def _plain(choice: Choice) -> dict[str, object]:
@@ -51,9 +58,17 @@ def _table(found: list[Choice]) -> Table:
             str(layer.bits),
             str(layer.group_size),
             "yes" if layer.symmetric else "no",
-            choice.kernel,
+            choice.kernel if choice.experts is None else f"{choice.kernel}, experts {choice.experts}",
             "\n".join(f"{counts}: {path}" for path, counts in _ranges(choice.paths).items()) or "always the same",
         )
+    return table
+
+
+def _fused(shared: list[Together]) -> Table:
+    table = Table("see the same input", "modules", "outputs", "one product for all", box=None, pad_edge=False)
+    for group in shared:
+        how = f"up to {group.tokens} token{'s' if group.tokens > 1 else ''}"
+        table.add_row(", ".join(group.names), str(group.groups), str(group.outputs), group.refused or how)
     return table
 
 

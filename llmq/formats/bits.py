@@ -4,6 +4,8 @@ As a *stream*, code j of a row occupies bits ``bits·j … bits·j + bits - 1`` 
 words, lowest bits first. Where `bits` divides 32 no code crosses a word; 3-bit codes do, and 32 of them fill three
 words. *Padded*, every word holds ``32 // bits`` whole codes, and its highest bits stay 0. Where `bits` divides 32 the
 two are the same. Every packed format that llmq knows is one of them along one axis or another.
+
+On a GPU either way is one Triton kernel; on a CPU nothing of it is imported.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llmq.errors import SpecError
+from llmq.gpu import runs_triton
 
 WORD = 32
 
@@ -31,6 +34,10 @@ def pack(codes: Tensor, bits: int, *, padded: bool = False) -> Tensor:
     count = codes.shape[-1]
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise SpecError(f"code {int(codes.max())} needs more than {bits} bits")
+    if runs_triton(codes.device):
+        from llmq_kernels import pack_bits
+
+        return pack_bits.pack(codes, bits, word_count(count, bits, padded=padded), padded=padded)
     if 8 % bits == 0:
         return _pack_bytes(codes, bits)
     block, size = _block(bits, padded)
@@ -56,6 +63,10 @@ def unpack(words: Tensor, bits: int, count: int, *, padded: bool = False) -> Ten
     """
     if words.shape[-1] != word_count(count, bits, padded=padded):
         raise SpecError(f"{words.shape[-1]} words do not hold {count} codes of {bits} bits")
+    if runs_triton(words.device):
+        from llmq_kernels import pack_bits
+
+        return pack_bits.unpack(words, bits, count, padded=padded)
     if 8 % bits == 0:
         return _unpack_bytes(words, bits, count)
     block, size = _block(bits, padded)

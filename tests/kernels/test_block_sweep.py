@@ -11,7 +11,7 @@ from column_loop import eager_block
 from kernel_cases import DEVICE
 from torch import Tensor
 
-from llmq import block_sweep
+from llmq import gpu as gpus
 from llmq.block_sweep import MAX_COLUMNS, Block, cuda_block, runs_on
 from llmq.grids.uniform import UniformGrid
 from llmq.hessian import factorize
@@ -46,7 +46,7 @@ def test_a_block_is_rounded_to_the_grid_that_is_given(grid: UniformGrid) -> None
     assert factor is not None
     draw = torch.Generator().manual_seed(2)
     placed = [grid.fit(w[:, g::groups]) for g in range(groups)]
-    scales, zeros = (torch.cat(parts, dim=1).T.contiguous() for parts in zip(*placed, strict=True))
+    scales, zeros = (torch.cat(parts, dim=1).T.contiguous() for parts in zip(*(at[:2] for at in placed), strict=True))
     results = []
     for run in (eager_block, cuda_block):
         block = Block(
@@ -113,5 +113,5 @@ def test_the_kernel_is_for_uniform_grids_on_gpus_that_triton_knows(monkeypatch: 
     capability = (7, 5)
     assert not runs_on(gpu, grid)
     capability = (9, 0)
-    monkeypatch.setattr(block_sweep, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpus, "find_spec", lambda name: None)
     assert not runs_on(gpu, grid)

@@ -95,7 +95,7 @@ def test_every_path_is_that_of_float64(path: str, bits: int, lesser: Path, monke
         kernels = build.load(bits, PATHS[path])
     except build.BuildError as error:
         pytest.skip(f"this compiler has no such path: {error}")
-    monkeypatch.setattr(build, "library", lambda _: kernels)
+    monkeypatch.setattr(build, "library", lambda *_: kernels)
     for seed in range(18):
         group_size = [8, 24, 32, 64, 96, 128][seed % 6]
         n, k = 1 + seed * 5 % 21, 1 + seed * 67 % 290

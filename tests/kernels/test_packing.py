@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import random_weight
 
-from llmq_kernels import cpu, w4a16, w8a16
+from llmq_kernels import cpu, w2a16, w4a16, w8a16
 
-BITS = {w4a16: 4, w8a16: 8}
-triton_modules = pytest.mark.parametrize("module", [w4a16, w8a16], ids=["w4a16", "w8a16"])
+BITS = {w2a16: 2, w4a16: 4, w8a16: 8}
+triton_modules = pytest.mark.parametrize("module", list(BITS), ids=["w2a16", "w4a16", "w8a16"])
 dtypes = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 # (K, group size): groups of 32, 64, 96, 128, 160 and 256, and one group per row of any length.
 columns = st.one_of(
@@ -54,7 +54,7 @@ def test_padding_is_silent(module: ModuleType) -> None:
     w = random_weight(33, 96, 32, BITS[module], symmetric=False)
     packed = module.pack(w.codes, w.scales, w.zeros, 32, torch.float16)
     assert packed.weight.shape[0] == packed.scales.shape[1] == 128
-    assert packed.scales.shape[0] * 32 >= packed.weight.shape[1] * (4 if module is w4a16 else 1)
+    assert packed.scales.shape[0] * 32 >= packed.weight.shape[1] * module.LAYOUT.columns_per_word
     assert not packed.scales[3:].any()
     assert not packed.scales[:, 33:].any()
 

@@ -1,61 +1,14 @@
 """Nibbles to floats: the assembly that GPUs run, emulated, and its twin that the interpreter runs, for all words."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import triton
 import triton.language as tl
 from kernel_cases import DEVICE
+from ptx_cases import WORDS, halves, pair, run_ptx
 from torch import Tensor
 
 from llmq_kernels import nibbles
-
-WORDS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-Registers = dict[str, Tensor]  # name -> int64 holding 32 bits
-
-
-def pair(low: Tensor, high: Tensor) -> Tensor:
-    """Return 32-bit registers that hold two 16-bit values each."""
-    low, high = (t.view(torch.int16).long() & 0xFFFF for t in (low, high))
-    return low | high << 16
-
-
-def halves(register: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return both 16-bit halves of 32-bit registers as `dtype`."""
-    low, high = register & 0xFFFF, register >> 16
-    low, high = ((h - (h >> 15 << 16)).to(torch.int16).view(dtype) for h in (low, high))
-    return low, high
-
-
-def run_ptx(asm: str, registers: Registers, dtype: torch.dtype) -> None:
-    """Execute the few PTX instructions that the kernel uses; an unknown one raises KeyError."""
-
-    def value(operand: str) -> Tensor:
-        return torch.tensor(int(operand, 0)) if operand[0].isdigit() else registers[operand]
-
-    def by_halves(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-        parts = [halves(o.expand(WORDS.shape), dtype) for o in operands]
-        # float64 holds products and sums of 16-bit floats exactly: this rounds once, as the hardware does.
-        low, high = (function(*(p[i].double() for p in parts)).to(dtype) for i in (0, 1))
-        return pair(low, high)
-
-    def lop3(a: Tensor, b: Tensor, c: Tensor, table: Tensor) -> Tensor:
-        assert int(table) == (0xF0 & 0xCC) | 0xAA  # the truth table of (a & b) | c
-        return (a & b) | c
-
-    instructions: dict[str, Callable[..., Tensor]] = {
-        "mov.b32": lambda a: a,
-        "shr.u32": lambda a, b: a >> b,
-        "lop3.b32": lop3,
-        "sub.f16x2": lambda a, b: by_halves(lambda p, q: p - q, a, b),
-        "fma.rn.bf16x2": lambda a, b, c: by_halves(lambda p, q, r: p * q + r, a, b, c),
-    }
-    for line in asm.strip("{}").split(";"):
-        name, _, operands = line.strip().partition(" ")
-        if name and not name.startswith(".reg"):
-            target, *sources = (o.strip() for o in operands.split(","))
-            registers[target] = instructions[name](*(value(s) for s in sources))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

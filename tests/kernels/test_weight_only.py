@@ -8,10 +8,10 @@ from kernel_cases import DEVICE, Weight, random_weight, random_x
 from tolerance import assert_close_to_float64
 from torch import Tensor
 
-from llmq_kernels import naive, splits, w4a16, w8a16
+from llmq_kernels import naive, splits, w2a16, w4a16, w8a16
 
-BITS = {w4a16: 4, w8a16: 8}
-modules = pytest.mark.parametrize("module", [w4a16, w8a16], ids=["w4a16", "w8a16"])
+BITS = {w2a16: 2, w4a16: 4, w8a16: 8}
+modules = pytest.mark.parametrize("module", list(BITS), ids=["w2a16", "w4a16", "w8a16"])
 grids = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 # N, K, group size: ragged N; groups of half a chunk, one, several; K that ends inside a chunk; one group
 # per row.

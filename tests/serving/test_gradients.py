@@ -100,10 +100,10 @@ def test_operators_are_good_citizens_of_autograd(bias: bool) -> None:
     if layer.bias is not None:
         layer.bias.requires_grad_(True)
     x = torch.randn(2, 3, 64, requires_grad=True)
-    plain = layer.layer[:4]
-    torch.library.opcheck(ops.quant_matmul, (x, layer._packed(), layer.bias, "reference", *plain))
+    plain = (*layer.layer[:4], layer.layer.grid)
+    torch.library.opcheck(ops.quant_matmul, (x, layer.packed(), layer.bias, "reference", *plain))
     grad = torch.randn(2, 3, 32)
-    torch.library.opcheck(ops.quant_matmul_input_grad, (grad, layer._packed(), "reference", *plain[:3], 64))
+    torch.library.opcheck(ops.quant_matmul_input_grad, (grad, layer.packed(), "reference", *plain[:3], 64, "uniform"))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     compiled(x).backward(grad)
     found, x.grad = x.grad, None

@@ -27,7 +27,7 @@ def chosen(bits: int, group_size: int, dtype: torch.dtype, k: int = 128, symmetr
 
 
 def on_a_processor(monkeypatch: pytest.MonkeyPatch, *, pairs: bool) -> None:
-    monkeypatch.setattr(build, "_library", lambda bits: None)
+    monkeypatch.setattr(build, "_library", lambda *_: None)
     monkeypatch.setattr(build, "has_pairs", lambda kernels: pairs)
 
 
@@ -73,13 +73,13 @@ def test_zeros_out_of_range_are_not_taken() -> None:
 def test_a_cast_keeps_the_very_tensors(packed: Callable[..., Path]) -> None:
     model = llmq.load(packed(4, 64, True), dtype=torch.float32)
     layer = next(iter(layers(model).values()))
-    before = [tensor.data_ptr() for tensor in layer._packed()]
+    before = [tensor.data_ptr() for tensor in layer.packed()]
     device, dtypes = torch.device("cpu"), (torch.bfloat16, torch.float16, torch.float32)
     native = [dtype for dtype in dtypes if ops.choose(layer.layer, device, dtype).startswith("cpu_native")]
     assert native[-2:] == [torch.float16, torch.float32]  # bfloat16 where the processor has products of it
     for dtype in native:
         assert layer(torch.ones(1, layer.in_features, dtype=dtype)).dtype == dtype
-    assert [tensor.data_ptr() for tensor in layer._packed()] == before
+    assert [tensor.data_ptr() for tensor in layer.packed()] == before
 
 
 @needs_compiler
@@ -125,9 +125,9 @@ def test_the_operator_and_the_short_way_agree(dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     short = layer(x)
     assert short.shape == (2, 3, 24)
-    plain = layer.layer[:4]
-    assert torch.equal(short, ops.quant_matmul(x, layer._packed(), layer.bias, layer.kernel, *plain))
-    torch.library.opcheck(ops.quant_matmul, (x, layer._packed(), layer.bias, layer.kernel, *plain))
+    plain = (*layer.layer[:4], layer.layer.grid)
+    assert torch.equal(short, ops.quant_matmul(x, layer.packed(), layer.bias, layer.kernel, *plain))
+    torch.library.opcheck(ops.quant_matmul, (x, layer.packed(), layer.bias, layer.kernel, *plain))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), short)
     watched = x.clone().requires_grad_()

@@ -3,13 +3,17 @@
 They read the stream of codes as `llmq.formats.bits` packs it, so nothing is rearranged at load. Where they cannot be
 compiled (`build.unavailable` says why) other kernels serve.
 
-Letters: N outputs, K inputs, G groups per row, M tokens.
+With a table of levels a weight is ``level * scale``, and codes are places in the table; zeros then say which of several
+tables a group takes.
+
+Letters: N outputs, K inputs, G groups per row, M tokens, T tables, L = 2^bits levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from ctypes import CDLL
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +21,9 @@ from torch.nn.functional import linear
 
 from llmq_kernels.native import build
 
-BITS = range(2, 9)
+BITS = range(2, 9)  # of a code; a table may have two levels, and codes of one bit
 _SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ONES = 3  # in place of these where there are no scales
 _ZEROS = {torch.uint8: 1, torch.int16: 2}
 _STEP = 32  # columns that bfloat16 products take together
 _GRAIN = 1 << 17  # weights that are worth a thread: waking one takes some 10 µs, and a core reads 10 weights a ns
@@ -27,33 +32,52 @@ _TILES = 12  # tokens from which on matrix units (AMX) are ahead; not measured h
 _SLAB = 1 << 20  # bytes of dequantized rows that are handed to PyTorch at a time: they stay in the second-level cache
 
 
-def refuses(bits: int, k: int, group_size: int, dtype: torch.dtype) -> str | None:
+class Weight(NamedTuple):
+    """A packed weight."""
+
+    words: Tensor  # int32 [N, W]
+    scales: Tensor | None  # float32, float16 or bfloat16 [N, G]; None: all are 1, with a table only
+    # uint8 or int16 [N, G] that passed `check_zeros`; None: all are the middle code. With tables: which one a group
+    # takes, having passed `check_tables`
+    zeros: Tensor | None
+    table: Tensor | None = None  # float32, float16 or bfloat16 [T, L]: one, those that zeros say, or one for each group
+
+
+Parts = Weight | tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def refuses(bits: int, k: int, group_size: int, dtype: torch.dtype, *, table: bool = False) -> str | None:
     """Return why `matmul` cannot multiply with a weight of K = `k` inputs of this kind, or None if it can."""
-    if bits not in BITS:
+    if bits not in BITS and not (table and bits == 1):
         return f"bits {bits}: multiplies with codes of 2 to 8 bits"
     if dtype not in _SCALES:
         return f"{dtype} activations: multiplies float32, bfloat16 and float16"
     if group_size % 8 and group_size < k:
         return f"group_size {group_size}: needs a multiple of 8"
-    return build.unavailable(bits)
+    return build.unavailable(bits, table)
 
 
-def pairs_refuse(bits: int, k: int, group_size: int, dtype: torch.dtype) -> str | None:
+def pairs_refuse(bits: int, k: int, group_size: int, dtype: torch.dtype, *, table: bool = False) -> str | None:
     """Return why `matmul` would not use the processor's dot products of bfloat16, or None: then nothing is faster."""
     if dtype != torch.bfloat16:
         return f"{dtype} activations: multiplies bfloat16"
     if not _in_steps(group_size, k):
         return f"group_size {group_size}: needs a multiple of {_STEP}"
-    reason = refuses(bits, k, group_size, dtype)
-    if reason is None and not build.has_pairs(build.library(bits)):
+    reason = refuses(bits, k, group_size, dtype, table=table)
+    if reason is None and not build.has_pairs(build.library(bits, table)):
         return "this processor has no dot products of bfloat16 (AVX512_BF16)"
     return reason
 
 
-def path(m: int, k: int, bits: int, group_size: int, dtype: torch.dtype) -> str:
-    """Return what `matmul` does with M = `m` tokens and a weight of K = `k` inputs, in a few words."""
-    kernels = build.library(bits)
-    whole = _in_steps(group_size, k)
+def path(
+    m: int, k: int, bits: int, group_size: int, dtype: torch.dtype, *, table: bool = False, one: bool = False
+) -> str:
+    """Return what `matmul` does with M = `m` tokens and a weight of K = `k` inputs, in a few words.
+
+    table: whether levels stand in tables; one: whether in one for all groups.
+    """
+    kernels = build.library(bits, table)
+    whole = _in_steps(group_size, k, one and dtype == torch.bfloat16 and build.has_pairs(kernels))
     in_pairs = dtype == torch.bfloat16 and whole and build.has_pairs(kernels)
     if _is_slow(m, in_pairs, dtype, kernels):
         return "rows to PyTorch"
@@ -67,34 +91,38 @@ def check_zeros(zeros: Tensor | None, bits: int) -> None:
         raise ValueError(f"zeros of {int(zeros.min())} to {int(zeros.max())}: {bits} bits need 0 to {2**bits}")
 
 
-def matmul(
-    x: Tensor, weight: tuple[Tensor, Tensor, Tensor | None], bias: Tensor | None, bits: int, group_size: int
-) -> Tensor:
+def check_tables(picked: Tensor | None, table: Tensor) -> None:
+    """Raise ValueError unless all tables that are `picked` are there."""
+    if picked is not None and bool(((picked < 0) | (picked >= len(table))).any()):
+        raise ValueError(f"tables {int(picked.min())} to {int(picked.max())} are picked: there are {len(table)}")
+
+
+def matmul(x: Tensor, weight: Parts, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
     """Return ``x @ w.T + bias`` [M, N] in the dtype of `x`, summed in float32.
 
     Args:
         x: [M, K] float32, bfloat16 or float16, of any strides.
-        weight: words int32 [N, W], scales [N, G] of one of these dtypes, zeros uint8 or int16 [N, G] that passed
-            `check_zeros`, or None where all are the middle code. A last group may be short.
+        weight: what `Weight` holds. A last group may be short.
         bias: [N] or None.
         bits: of a code.
         group_size: columns per group, a multiple of 8 or at least K.
 
-    Of up to 4 tokens in bfloat16 the scales are applied to float32 sums of exact products; else weights are rounded to
-    bfloat16, as in a dense layer. float16 is computed in float32.
+    Of up to 4 tokens in bfloat16 the scales are applied to float32 sums of exact products, for which levels of tables
+    are rounded to bfloat16; else weights are rounded to bfloat16, as in a dense layer. float16 is computed in float32.
 
     Raises:
         ValueError: a tensor does not fit.
         build.BuildError: there are no native kernels.
     """
     m, k = x.shape
-    packed = _packed(*weight, bits, k, group_size)
-    n, kernels = packed.n, build.library(bits)
+    packed, kernels = _packed(weight, bits, k, group_size)
+    n = packed.n
     if bias is not None:
         if bias.shape != (n,):
             raise ValueError(f"bias {list(bias.shape)}: needs [{n}]")
         bias = bias.detach().float().contiguous()
-    in_pairs = x.dtype == torch.bfloat16 and _in_steps(group_size, k) and build.has_pairs(kernels)
+    one = packed.table is not None and not packed.own and not packed.zero_type
+    in_pairs = x.dtype == torch.bfloat16 and _in_steps(group_size, k, one) and build.has_pairs(kernels)
     if _is_slow(m, in_pairs, x.dtype, kernels):
         return by_slabs(x, weight, bias, bits, group_size)
     dtype = torch.bfloat16 if in_pairs else torch.float32
@@ -108,9 +136,7 @@ def matmul(
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def by_slabs(
-    x: Tensor, weight: tuple[Tensor, Tensor, Tensor | None], bias: Tensor | None, bits: int, group_size: int
-) -> Tensor:
+def by_slabs(x: Tensor, weight: Parts, bias: Tensor | None, bits: int, group_size: int) -> Tensor:
     """Return what `matmul` does by products of PyTorch's with some dequantized rows at a time, about 1 MiB of them.
 
     Worth it where PyTorch has matrix units to multiply with that these kernels have not.
@@ -126,14 +152,7 @@ def by_slabs(
     return y.to(x.dtype)
 
 
-def dequantize(
-    weight: tuple[Tensor, Tensor, Tensor | None],
-    k: int,
-    bits: int,
-    group_size: int,
-    rows: tuple[int, int],
-    out: Tensor,
-) -> Tensor:
+def dequantize(weight: Parts, k: int, bits: int, group_size: int, rows: tuple[int, int], out: Tensor) -> Tensor:
     """Return rows `rows[0]` to `rows[1]` of a weight as numbers [R, K], in the memory of `out`.
 
     out: at least R rows of K columns, float32 or bfloat16, contiguous; the rest as for `matmul`.
@@ -142,42 +161,54 @@ def dequantize(
         ValueError: a tensor does not fit.
         build.BuildError: there are no native kernels.
     """
-    packed = _packed(*weight, bits, k, group_size)
+    packed, kernels = _packed(weight, bits, k, group_size)
     first, end = rows
     found = out[: end - first]
     fits = found.shape == (end - first, k) and out.is_contiguous() and out.dtype in (torch.float32, torch.bfloat16)
     if not (0 <= first <= end <= packed.n and fits):
         raise ValueError(f"rows {first} to {end} of {packed.n} in {out.dtype} {list(out.shape)}: needs [R, {k}]")
     as_float, threads = int(out.dtype == torch.float32), _threads(4 * packed.k * (end - first))
-    kernels = build.library(bits)
     _check(kernels.llmq_dequantize(packed, first, end, out.data_ptr(), as_float, build.parallel(), threads))
     return found
 
 
-def _packed(words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, k: int, group_size: int) -> build.Weight:
-    """Return what C takes of a weight, whose tensors have to outlive it.
+def _packed(weight: Parts, bits: int, k: int, group_size: int) -> tuple[build.Weight, CDLL]:
+    """Return what C takes of a weight, whose tensors have to outlive it, and the kernels for it.
 
     Raises:
         ValueError: they do not fit each other.
     """
+    words, scales, zeros, table = Weight(*weight)
     n, width, groups = words.shape[0], -(-k * bits // 32), -(-k // group_size)
-    if bits not in BITS or (group_size % 8 and groups > 1) or k < 1:
+    known = bits in BITS or (bits == 1 and table is not None)
+    if not known or (group_size % 8 and groups > 1) or k < 1:
         raise ValueError(f"{bits} bits in groups of {group_size}: needs 2 to 8, and a multiple of 8")
     _check_tensor("words", words, (n, width), (torch.int32,))
-    _check_tensor("scales", scales, (n, groups), _SCALES)
+    if scales is not None:
+        _check_tensor("scales", scales, (n, groups), _SCALES)
+    elif table is None:
+        raise ValueError("scales: there are none, and no table of levels")
     if zeros is not None:
         _check_tensor("zeros", zeros, (n, groups), _ZEROS)
-    return build.Weight(
+    own = False
+    if table is not None:
+        own = zeros is None and len(table) > 1
+        _check_tensor("table", table, (n * groups if own else len(table), 2**bits), _SCALES)
+    packed = build.Weight(
         words.data_ptr(),
         4 * width,
-        scales.data_ptr(),
+        None if scales is None else scales.data_ptr(),
         0 if zeros is None else zeros.data_ptr(),
-        _SCALES[scales.dtype],
+        _ONES if scales is None else _SCALES[scales.dtype],
         0 if zeros is None else _ZEROS[zeros.dtype],
         n,
         k,
         min(group_size, k),
+        None if table is None else table.data_ptr(),
+        0 if table is None else _SCALES[table.dtype],
+        own,
     )
+    return packed, build.library(bits, table is not None)
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int], dtypes: Collection[torch.dtype]) -> None:
@@ -188,9 +219,9 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, int], dtypes: Col
         )
 
 
-def _in_steps(group_size: int, k: int) -> bool:
-    """Return whether groups are such that bfloat16 can be multiplied in pairs."""
-    return group_size % _STEP == 0 or group_size >= k
+def _in_steps(group_size: int, k: int, one: bool = False) -> bool:
+    """Return whether groups are such that bfloat16 can be multiplied in pairs; one: all have the same table."""
+    return group_size % _STEP == 0 or group_size >= k or (one and 2 * group_size == _STEP)
 
 
 def _is_slow(m: int, in_pairs: bool, dtype: torch.dtype, kernels: CDLL) -> bool:

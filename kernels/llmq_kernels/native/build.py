@@ -1,4 +1,4 @@
-"""Compiles product.c for the running machine, once, into the user's cache; says why where that cannot be."""
+"""Compiles C for the running machine, once, into the user's cache; says why where that cannot be."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -21,7 +22,10 @@ import torch
 log = logging.getLogger(__name__)
 
 SWITCH = "LLMQ_NATIVE"  # the environment variable; 0: nothing is compiled, and nothing that was is loaded
-_SOURCES = ("product.c", "unpack.h", "rows.h", "few.h", "undefine.h")
+_SOURCES = (
+    *("product.c", "unpack.h", "levels.h", "rows.h", "few.h", "grouped.h", "undefine.h"),
+    *("w8a8.c", "vectors.c", "lookup.h"),
+)
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
 _NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 _COMPILERS = ("cc", "gcc", "clang")
@@ -46,24 +50,29 @@ class Weight(ctypes.Structure):
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("group", ctypes.c_int64),
+        ("table", ctypes.c_void_p),
+        ("table_type", ctypes.c_int64),
+        ("own", ctypes.c_int64),
     )
 
 
-def library(bits: int) -> ctypes.CDLL:
+def library(bits: int, table: bool = False) -> ctypes.CDLL:
     """Return the kernels for codes of `bits` bits, compiled if this machine has not yet.
+
+    table: whether the codes are places in a table of levels.
 
     Raises:
         BuildError: they are switched off, or cannot be compiled, stored or loaded.
     """
-    found = _library(bits)
+    found = _library(bits, table)
     if isinstance(found, BuildError):
         raise found
     return found
 
 
-def unavailable(bits: int) -> str | None:
-    """Return why there are no kernels for codes of `bits` bits, or None."""
-    found = _library(bits)
+def unavailable(bits: int, table: bool = False) -> str | None:
+    """Return why `library` has no kernels for codes of `bits` bits, or None."""
+    found = _library(bits, table)
     return str(found) if isinstance(found, BuildError) else None
 
 
@@ -85,15 +94,20 @@ def parallel() -> ctypes.c_void_p:
 
 
 @cache
-def _library(bits: int) -> ctypes.CDLL | BuildError:
+def _library(bits: int, table: bool) -> ctypes.CDLL | BuildError:
+    return attempt(f"{bits} bits", lambda: load(bits, ("-DTABLE",) if table else ()))
+
+
+def attempt(what: str, load: Callable[[], ctypes.CDLL]) -> ctypes.CDLL | BuildError:
+    """Return what `load` does, one thread at a time, or why there are no native kernels for `what`."""
     with _lock:
         try:
             if os.environ.get(SWITCH) == "0":
                 raise BuildError(f"switched off by {SWITCH}=0")
             parallel()
-            return load(bits)
+            return load()
         except BuildError as error:
-            log.info("no native kernels for %d bits: %s", bits, error)
+            log.info("no native kernels for %s: %s", what, error)
             return error
 
 
@@ -103,16 +117,25 @@ def load(bits: int, extra: tuple[str, ...] = ()) -> ctypes.CDLL:
     Raises:
         BuildError: as in `library`.
     """
-    compiler, options = _compiler(), (*_FLAGS, _processor_flag(), f"-DBITS={bits}", *extra)
-    path = _cache() / f"product-{_key(compiler, options)}.so"
+    return make("product", (f"-DBITS={bits}", *extra), _declared)
+
+
+def make(name: str, extra: tuple[str, ...], declared: Callable[[ctypes.CDLL], ctypes.CDLL]) -> ctypes.CDLL:
+    """Return `declared` of the library that `name`.c is compiled to, with `extra` options after our own.
+
+    Raises:
+        BuildError: as in `library`.
+    """
+    compiler, options = _compiler(), (*_FLAGS, _processor_flag(), *extra)
+    path = _cache() / f"{name}-{_key(compiler, options)}.so"
     if path.exists():
         try:
-            return _declared(ctypes.CDLL(str(path)))
+            return declared(ctypes.CDLL(str(path)))
         except (OSError, AttributeError):
             log.info("%s is damaged, and compiled again", path)
-    _compile(compiler, options, path)
+    _compile(compiler, options, Path(__file__).with_name(f"{name}.c"), path)
     try:
-        return _declared(ctypes.CDLL(str(path)))
+        return declared(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
         raise BuildError(f"{path} cannot be loaded: {error}") from error
 
@@ -171,9 +194,8 @@ def _processor() -> str:
     return "\n".join(line for line in first.splitlines() if line.startswith(kept))
 
 
-def _compile(compiler: list[str], options: tuple[str, ...], path: Path) -> None:
-    """Make the library `path`, which is there whole or not at all, whoever else is at it."""
-    source = str(Path(__file__).with_name("product.c"))
+def _compile(compiler: list[str], options: tuple[str, ...], source: Path, path: Path) -> None:
+    """Make the library `path` of `source`, which is there whole or not at all, whoever else is at it."""
     try:
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".partial")
     except OSError as error:
@@ -181,7 +203,7 @@ def _compile(compiler: list[str], options: tuple[str, ...], path: Path) -> None:
         raise BuildError(reason) from error
     os.close(handle)
     try:
-        command = [*compiler, *options, source, "-o", partial]
+        command = [*compiler, *options, str(source), "-o", partial]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()[0]
@@ -201,6 +223,8 @@ def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.llmq_dequantize.argtypes = [weight, number, number, pointer, ctypes.c_int, pointer, number]
     for name in ("llmq_float", "llmq_pairs") if has_pairs(kernels) else ("llmq_float",):
         getattr(kernels, name).argtypes = [weight, pointer, number, pointer, pointer, number, pointer, number]
+        grouped = getattr(kernels, name.replace("_", "_grouped_"))
+        grouped.argtypes = [weight, *[number] * 2, pointer, *[number] * 2, pointer, number, *[pointer] * 3, number]
     return kernels
 
 

@@ -29,9 +29,12 @@ INLINE void NAME(outputs)(const Job *job, int64_t n, float *scales, const int M)
     const Weight *w = job->weight;
     const NUMBER *x = job->x;
     const int64_t groups = groups_of(w), steps = w->k / STEP, tail = w->k % STEP;
+    const int halves = in_halves(w);
+    const int64_t span = halves ? STEP : w->group, spans = (w->k + span - 1) / span;
     const uint8_t *codes[ROWS];
     int64_t first[ROWS];
     __m512 total[4 * ROWS];
+    GROUP group[ROWS];
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
         const int64_t row = least(n + r, w->n - 1);
@@ -42,25 +45,26 @@ INLINE void NAME(outputs)(const Job *job, int64_t n, float *scales, const int M)
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS * M; i++)
         total[i] = _mm512_setzero_ps();
-    for (int64_t g = 0, at = 0; g < groups; g++) {
+    for (int64_t g = 0, at = 0; g < spans; g++) {
         __m512 part[4 * ROWS];
-        GROUP group[ROWS];
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS * M; i++)
             part[i] = _mm512_setzero_ps();
+        if (!g || varies(w))
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++)
-            group[r] = UNSCALED(zero_at(w, first[r] + g));
-        const int64_t end = STEP_BYTES * least(steps, (g + 1) * w->group / STEP);
+            for (int r = 0; r < ROWS; r++)
+                group[r] = UNSCALED(w, first[r] + g);
+        const int64_t end = STEP_BYTES * least(steps, (g + 1) * span / STEP);
         for (; at < end; at += STEP_BYTES, x += STEP * M) {
             ahead(codes[0] + ROWS * (w->stride + at), ROWS * STEP_BYTES);  /* the next outputs: they lie behind */
             NAME(step)(part, codes, at, group, readable(STEP), x, M);
         }
-        if (g == groups - 1 && tail)
+        if (g == spans - 1 && tail)
             NAME(step)(part, codes, at, group, readable(tail), x, M);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {
-            const __m512 scale = _mm512_set1_ps(scales[r * groups + g]);
+            const float *own = scales + r * groups;
+            const __m512 scale = halves ? two_scales(own, 2 * g, groups) : _mm512_set1_ps(own[g]);
 #pragma GCC unroll 4
             for (int i = 0; i < M; i++)
                 total[ROWS * i + r] = _mm512_fmadd_ps(part[ROWS * i + r], scale, total[ROWS * i + r]);

@@ -2,7 +2,8 @@
 
    Compiled once for each number of bits, with -DBITS. A weight [N, K] is a stream of codes per output, lowest bits
    first, with one scale and perhaps one zero for `group` neighbouring inputs: w = (code - zero) * scale. It is read as
-   a checkpoint was turned into it at load; nothing is rearranged.
+   a checkpoint was turned into it at load; nothing is rearranged. With -DTABLE the codes are places in a table of
+   levels, w = level * scale, and zeros say which table where there are several (levels.h).
 
    `llmq_pairs` is for bfloat16 and processors that multiply it in pairs (AVX512_BF16; sums are float32, subnormal
    numbers count as zero). Up to 4 tokens meet code - zero, which bfloat16 holds exactly, and scales are applied to the
@@ -33,7 +34,7 @@
 #define LEAST_SPAN 126       /* tokens for which rows are worth unpacking again */
 #define INLINE static inline __attribute__((always_inline))
 
-enum { FLOAT32, FLOAT16, BFLOAT16 };  /* of scales */
+enum { FLOAT32, FLOAT16, BFLOAT16, ONES };  /* of scales and tables */
 enum { NONE, UINT8, INT16 };          /* of zeros; NONE: all are the middle code */
 enum { DONE, NO_MEMORY };
 
@@ -43,6 +44,8 @@ typedef struct {
     const void *scales, *zeros;  /* [n, groups] */
     int64_t scale_type, zero_type;
     int64_t n, k, group;
+    const void *table;  /* [tables, LEVELS] or NULL */
+    int64_t table_type, own;  /* whether every group has a table of its own, in order */
 } Weight;
 
 typedef struct {
@@ -53,6 +56,8 @@ typedef struct {
     int64_t m, width;
     int64_t next, end;  /* outputs that no thread has taken */
     int failed;
+    const int64_t *rows;  /* which row of y each token has; NULL: they are in order */
+    int64_t pitch;        /* numbers from one row of y to the next */
 } Job;
 
 typedef void Region(void *);
@@ -80,15 +85,20 @@ INLINE int64_t groups_of(const Weight *w) { return (w->k + w->group - 1) / w->gr
 /* Whether no step of a row is of two groups. */
 INLINE int in_steps(const Weight *w) { return w->group % STEP == 0 || w->group >= w->k; }
 
-INLINE float scale_at(const Weight *w, int64_t at)
+INLINE float number(const void *from, int64_t type, int64_t at)
 {
-    if (w->scale_type == FLOAT32)
-        return ((const float *)w->scales)[at];
-    uint32_t bits = ((const uint16_t *)w->scales)[at];
-    if (w->scale_type == BFLOAT16)
+    if (type == FLOAT32)
+        return ((const float *)from)[at];
+    uint32_t bits = ((const uint16_t *)from)[at];
+    if (type == BFLOAT16)
         return of_bits(bits << 16);
     const uint32_t sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
     return of_bits(sign | 0x3f800000) * (rest < 0x7c00 << 13 ? of_bits(rest) * 0x1p112f : of_bits(rest | 0x7f800000));
+}
+
+INLINE float scale_at(const Weight *w, int64_t at)
+{
+    return w->scale_type == ONES ? 1 : number(w->scales, w->scale_type, at);
 }
 
 INLINE int zero_at(const Weight *w, int64_t at)
@@ -144,6 +154,13 @@ static __attribute__((noinline)) void scales_of(const Weight *w, int64_t row, fl
         out[g] = scale_at(w, row * groups + g);
 }
 
+/* The scale of group g in the lower lanes, that of the next one in the upper ones. */
+INLINE __m512 two_scales(const float *scales, int64_t g, int64_t groups)
+{
+    const __m512 next = _mm512_set1_ps(scales[least(g + 1, groups - 1)]);
+    return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[g]), next);
+}
+
 /* The sums of all lanes of four vectors. */
 INLINE void sums(const Lanes *of, float *found)
 {
@@ -182,9 +199,14 @@ INLINE Lanes load(const float *from) { Lanes found; memcpy(&found, from, sizeof 
 #include "rows.h"
 #ifdef WIDE
 #define VECTOR __m512
+#ifdef TABLE
+#define GROUP Levels
+#define UNSCALED(w, at) levels_at(w, at)
+#define PART(codes, upper, group) half_levels(codes, upper, &(group))
+#else
 #define GROUP __m512
 #if BITS <= 4
-#define UNSCALED(zero) differences_of(zero)
+#define UNSCALED(w, at) differences_of(zero_at(w, at))
 #define PART(codes, upper, group) _mm512_permutexvar_ps(half_lanes(codes, upper), group)
 INLINE __m512 differences_of(int zero)
 {
@@ -193,11 +215,13 @@ INLINE __m512 differences_of(int zero)
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(zero)));
 }
 #else
-#define UNSCALED(zero) _mm512_set1_ps(zero)
+#define UNSCALED(w, at) _mm512_set1_ps(zero_at(w, at))
 #define PART(codes, upper, group) _mm512_sub_ps(half(codes, upper), group)
+#endif
 #endif
 #include "few.h"
 #endif
+#include "grouped.h"
 #include "undefine.h"
 
 #ifdef PAIRS
@@ -212,9 +236,10 @@ INLINE __m512 differences_of(int zero)
 #include "rows.h"
 #define VECTOR __m512bh
 #define GROUP Group
-#define UNSCALED(zero) unscaled(zero)
+#define UNSCALED(w, at) unscaled(w, at)
 #define PART(codes, upper, group) ((__m512bh)look_up(codes, group))
 #include "few.h"
+#include "grouped.h"
 #endif
 
 /* ------------------------------------------------------------------------------------------ what Python calls */

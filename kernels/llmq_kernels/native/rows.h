@@ -4,10 +4,10 @@
 /* The sums `of` tokens m to m + M and outputs n to n + ROWS, with bias, to where they belong. */
 INLINE void NAME(put)(const Job *job, int64_t n, int64_t m, const int M, const Lanes *of)
 {
-    NUMBER *y = (NUMBER *)job->y + m * job->weight->n;
     const int64_t left = job->weight->n - n;
 #pragma GCC unroll 6
-    for (int i = 0; i < M; i++, y += job->weight->n) {
+    for (int i = 0; i < M; i++) {
+        NUMBER *y = (NUMBER *)job->y + (job->rows ? job->rows[m + i] : m + i) * job->pitch;
         float found[ROWS];
         sums(of + ROWS * i, found);
         for (int r = 0; job->bias && r < ROWS && r < left; r++)
@@ -79,33 +79,43 @@ static void NAME(rows)(void *argument)
     free(spare);
 }
 
-/* x [m, k] as one panel after the other, each of a tile's tokens: COUNT inputs of every token, then the next COUNT. */
-static void NAME(fill_panels)(const NUMBER *x, int64_t stride, int64_t m, int64_t k, int64_t width, NUMBER *out)
+/* Tokens m of x [.., k] as one panel after the other, each of a tile's tokens: COUNT inputs of every token, then the
+   next COUNT. They are those of `rows`, of which each `slots` share a token; NULL: those from the first on. */
+static void NAME(fill_panels)(const NUMBER *x, int64_t stride, const int64_t *rows, int64_t slots, int64_t m, int64_t k,
+                              int64_t width, NUMBER *out)
 {
-    for (int64_t count; m > 0; m -= count, x += count * stride, out += count * width) {
-        count = tokens(m);
-        for (int64_t i = 0; i < count; i++)
+    for (int64_t first = 0, count; first < m; first += count, out += count * width) {
+        count = tokens(m - first);
+        for (int64_t i = 0; i < count; i++) {
+            const NUMBER *from = x + (rows ? rows[first + i] / slots : first + i) * stride;
             for (int64_t at = 0; at < width; at += COUNT) {
                 NUMBER *to = out + at * count + COUNT * i;
                 const int64_t there = least(COUNT, at < k ? k - at : 0);
                 memset(to, 0, COUNT * sizeof(NUMBER));
-                memcpy(to, x + i * stride + at, there * sizeof(NUMBER));
+                memcpy(to, from + at, there * sizeof(NUMBER));
             }
+        }
     }
+}
+
+/* How many of m tokens of `width` inputs rows are multiplied with at a time. */
+INLINE int64_t NAME(span)(int64_t m, int64_t width)
+{
+    const int64_t row = width * sizeof(NUMBER);
+    const int64_t most = row * LEAST_SPAN < NEAR ? NEAR / row : LEAST_SPAN, spans = (m + most - 1) / most;
+    return up((m + spans - 1) / spans, TOKENS);
 }
 
 static int NAME(product)(const Weight *w, const NUMBER *x, int64_t stride, const float *bias, NUMBER *y, int64_t m,
                          Region *region, Parallel *parallel, int64_t threads)
 {
-    const int64_t width = up(w->k, STEP), row = width * sizeof(NUMBER);
-    const int64_t most = row * LEAST_SPAN < NEAR ? NEAR / row : LEAST_SPAN, spans = (m + most - 1) / most;
-    const int64_t span = up((m + spans - 1) / spans, TOKENS);
-    NUMBER *panels = aligned_alloc(64, up(span * row, 64));
+    const int64_t width = up(w->k, STEP), span = NAME(span)(m, width);
+    NUMBER *panels = aligned_alloc(64, up(span * width * sizeof(NUMBER), 64));
     int outcome = panels ? DONE : NO_MEMORY;
     for (int64_t first = 0; first < m && outcome == DONE; first += span) {
         const int64_t count = least(span, m - first);
-        NAME(fill_panels)(x + first * stride, stride, count, w->k, width, panels);
-        Job job = {w, panels, bias, y + first * w->n, count, width, 0, w->n, 0};
+        NAME(fill_panels)(x + first * stride, stride, NULL, 1, count, w->k, width, panels);
+        Job job = {w, panels, bias, y + first * w->n, count, width, 0, w->n, 0, NULL, w->n};
         outcome = run(region, &job, parallel, threads);
     }
     free(panels);

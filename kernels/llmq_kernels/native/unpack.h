@@ -79,6 +79,15 @@ INLINE __m512 half(__m512i codes, int upper)
 }
 #endif
 
+#ifdef TABLE
+#include "levels.h"
+#else
+/* Whether groups differ in what codes stand for before they are scaled. */
+INLINE int varies(const Weight *w) { return w->zero_type != NONE; }
+
+/* Whether halves of steps are groups and all the same is taken as whole steps: with tables only (levels.h). */
+INLINE int in_halves(const Weight *w) { (void)w; return 0; }
+
 /* Columns `k` to `to` of an output, all of one group, as float32; k is a multiple of 8. */
 INLINE void group_float(const Weight *w, int64_t row, int64_t k, int64_t to, float *out)
 {
@@ -104,12 +113,6 @@ INLINE void group_float(const Weight *w, int64_t row, int64_t k, int64_t to, flo
     }
 }
 
-static void row_float(const Weight *w, int64_t row, float *out)
-{
-    for (int64_t k = 0; k < w->k; k += w->group)
-        group_float(w, row, k, least(w->k, k + w->group), out);
-}
-
 #ifdef PAIRS
 #if BITS <= 6
 /* What a code of a group stands for, as bfloat16, in as many registers as that takes. Codes of less than 5 bits stand
@@ -126,8 +129,9 @@ __attribute__((constructor)) static void fill_differences(void)
             differences[zero][code] = bfloat16(code % LEVELS - zero);
 }
 
-INLINE Group unscaled(int zero)
+INLINE Group unscaled(const Weight *w, int64_t at)
 {
+    const int zero = zero_at(w, at);
     Group found = {_mm512_loadu_si512(differences[zero]), _mm512_loadu_si512(differences[zero] + ENTRIES - 32)};
     return found;
 }
@@ -141,8 +145,9 @@ INLINE __m512 products(int first, float scale, float zero)
     return _mm512_mul_ps(_mm512_sub_ps(codes, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
 }
 
-INLINE Group scaled(float scale, float zero)
+INLINE Group scaled(const Weight *w, int64_t at)
 {
+    const float scale = scale_at(w, at), zero = zero_at(w, at);
     Group found;
 #if BITS <= 4
     found.low = found.high = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(products(0, scale, zero)));
@@ -164,13 +169,17 @@ INLINE __m512i look_up(__m512i codes, Group group)
 #else
 typedef struct { __m512 scale, zero; } Group;
 
-INLINE Group scaled(float scale, float zero)
+INLINE Group scaled(const Weight *w, int64_t at)
 {
-    Group found = {_mm512_set1_ps(scale), _mm512_set1_ps(zero)};
+    Group found = {_mm512_set1_ps(scale_at(w, at)), _mm512_set1_ps(zero_at(w, at))};
     return found;
 }
 
-INLINE Group unscaled(int zero) { return scaled(1, zero); }
+INLINE Group unscaled(const Weight *w, int64_t at)
+{
+    Group found = {_mm512_set1_ps(1), _mm512_set1_ps(zero_at(w, at))};
+    return found;
+}
 
 INLINE __m512i look_up(__m512i codes, Group group)
 {
@@ -180,17 +189,30 @@ INLINE __m512i look_up(__m512i codes, Group group)
 }
 #endif
 #endif
+#endif
+
+static void row_float(const Weight *w, int64_t row, float *out)
+{
+    for (int64_t k = 0; k < w->k; k += w->group)
+        group_float(w, row, k, least(w->k, k + w->group), out);
+}
 
 /* `spare` [k] is for processors and groups that have no faster way. */
 static void row_bfloat16(const Weight *w, int64_t row, uint16_t *out, float *spare)
 {
+#if defined(PAIRS) && defined(TABLE)
+    if (in_halves(w)) {
+        row_of_halves(w, row, out);
+        return;
+    }
+#endif
 #ifdef PAIRS
     if (in_steps(w)) {
         const uint8_t *from = w->codes + row * w->stride;
         const int64_t k = w->k, whole = k / STEP * STEP;
         int64_t at = row * groups_of(w);
         for (int64_t first = 0, c = 0; first < k; first += w->group, at++) {
-            const Group group = scaled(scale_at(w, at), zero_at(w, at));
+            const Group group = scaled(w, at);
             for (const int64_t end = least(whole, first + w->group); c < end; c += STEP, from += STEP_BYTES) {
                 ahead(from + AHEAD, STEP_BYTES);
                 _mm512_storeu_si512(out + c, look_up(lanes(from, readable(STEP)), group));

@@ -1,0 +1,127 @@
+"""The rows of grids of vectors: codes are looked up in the layer's codebook, some outputs at a time, and multiplied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from llmq.formats import bits as bitstream
+from llmq.formats.streams import Stream
+from llmq.grids.vq import VECTORS, VectorGrid, VectorWeight, vector_grid
+from llmq.kernel import Kernel, Layer
+
+_WIDE = {4: torch.int32, 8: torch.int64, 16: torch.complex128}  # dtypes by their bytes
+_SLAB = 2**20  # weights that are looked up at a time: on a CPU they stay in a core's cache until they are multiplied
+
+
+def no_vectors(layer: Layer) -> str | None:
+    """Return why a layer has no codebook, or None if it has one."""
+    return None if layer.grid in VECTORS else f"looks up vectors, which the {layer.grid} grid has not"
+
+
+def _refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+    return no_vectors(layer)
+
+
+def pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+    """Return codes as a stream along the inputs, scales and codebook."""
+    return [tensor for tensor in stream if tensor is not None]
+
+
+def unpack(packed: list[Tensor], layer: Layer) -> VectorWeight:
+    """Return the weight that `pack` packed."""
+    words, scales, book = packed
+    grid = grid_of(layer)
+    codes = bitstream.unpack(words, grid.code_bits, grid.codes_in(layer.in_features))
+    exact = scales.float()
+    return VectorWeight(
+        codes,
+        exact,
+        torch.zeros_like(exact),
+        grid,
+        layer.group_size,
+        codebook=book.float(),
+        in_features=layer.in_features,
+    )
+
+
+def _matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
+    words, scales, book = packed
+    n, k = layer.out_features, layer.in_features
+    step = n if x.device.type != "cpu" else max(1, _SLAB // k)
+    entries, scales = book.to(x.dtype), scales.to(x.dtype)  # entries are exact: 7 bits and a sign
+    # one scale per output can wait for the product; float16 would overflow
+    late = scales.shape[1] == 1 and x.dtype != torch.float16
+    found = x.new_empty(len(x), n)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        weight = looked_up(words[rows], entries, layer)
+        found[:, rows] = linear(x, weight if late else weight.mul_(_spread(scales[rows], layer)))
+    if late:
+        found *= scales[:, 0]
+    return found if bias is None else found.add_(bias)
+
+
+def looked_up(words: Tensor, entries: Tensor, layer: Layer) -> Tensor:
+    """Return what the codes of some outputs stand for, before it is scaled: [R, K], in the dtype of `entries`.
+
+    Args:
+        words: codes, int32 [R, ⌈P·b/32⌉].
+        entries: the codebook [k, d], contiguous.
+        layer: the layer that they are of.
+    """
+    grid, k = grid_of(layer), layer.in_features
+    codes = bitstream.unpack(words, grid.code_bits, grid.codes_in(k)).int()
+    wide = _WIDE.get(entries.shape[1] * entries.itemsize)
+    if wide is None:
+        weight = embedding(codes, entries).flatten(1)
+    else:  # an entry as one number: moving it takes a third of the time
+        weight = entries.view(wide).flatten().index_select(0, codes.flatten()).view(entries.dtype).view(len(codes), -1)
+    return weight if weight.shape[1] == k else weight[:, :k]
+
+
+def _spread(scales: Tensor, layer: Layer) -> Tensor:
+    """Return `scales` [R, G] as what multiplies weights [R, K]."""
+    if scales.shape[1] == 1:
+        return scales
+    return scales.repeat_interleave(layer.group_size, dim=1)[:, : layer.in_features]
+
+
+def grid_of(layer: Layer) -> VectorGrid:
+    """Return the grid of a layer."""
+    return vector_grid(layer.grid, layer.bits)
+
+
+def _native_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"runs on a CPU, not on {device.type}"
+    if reason := no_vectors(layer):
+        return reason
+    from llmq_kernels.native import vectors
+
+    grid = grid_of(layer)
+    return vectors.refuses(grid.columns, grid.code_bits, layer.in_features, layer.group_size, dtype)
+
+
+def _native_pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in pack(stream, layer, dtype)]
+
+
+def _native_matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
+    from llmq_kernels.native import vectors
+
+    if vectors.is_slow(len(x), x.dtype):
+        return _matmul(x, packed, bias, layer)
+    words, scales, book = packed
+    return vectors.matmul(x, words, scales, book, bias, layer.group_size)
+
+
+def _native_path(layer: Layer, tokens: int, dtype: torch.dtype) -> str:
+    from llmq_kernels.native import vectors
+
+    return "rows to PyTorch" if vectors.is_slow(tokens, dtype) else vectors.path(dtype)
+
+
+VECTOR_LOOKUP = Kernel(_refuses, pack, unpack, _matmul, as_read=True)
+NATIVE_VECTORS = Kernel(_native_refuses, _native_pack, unpack, _native_matmul, path=_native_path, as_read=True)
