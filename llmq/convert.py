@@ -28,6 +28,7 @@ from llmq.preflight import model_config
 from llmq.recipe import ASYMMETRIC
 from llmq.report import REPORT
 from llmq.types import QuantizedWeight, QuantSpec
+from llmq.weights import parts_of
 from llmq.writing import CheckpointWriter, Slot
 
 if TYPE_CHECKING:
@@ -109,6 +110,9 @@ def convert(
 
 def _export(packed: PackedCheckpoint, output: Path, format: str) -> Conversion:
     """Write one file, or a folder; see `convert`."""
+    for module, spec in packed.specs.items():
+        if spec.grid != "uniform":
+            raise SpecError(f"{module}: {format} has equally spaced levels, not those of the {spec.grid} grid")
     EXPORTS[format].export(packed, output)
     files = output.iterdir() if output.is_dir() else [output]
     size = sum(file.stat().st_size for file in files)
@@ -334,6 +338,7 @@ def _inputs(columns: Tensor | None, k: int) -> Tensor:
 
 
 def _same(a: QuantizedWeight, b: QuantizedWeight) -> bool:
-    """Return whether two weights have the same codes, scales and zeros."""
-    parts = ((a.codes, b.codes), (a.scales, b.scales), (a.zeros, b.zeros))
-    return a.group_size == b.group_size and all(torch.equal(x, y) for x, y in parts)
+    """Return whether two weights have the same codes, scales and zeros, and what else there is."""
+    mine, other = parts_of(a), parts_of(b)
+    same = a.group_size == b.group_size and mine.keys() == other.keys()
+    return same and all(torch.equal(part, other[name]) for name, part in mine.items())

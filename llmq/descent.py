@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,15 +43,20 @@ class State:
     scales: Tensor  # [G, N]
     zeros: Tensor  # [G, N]
     gradient: Tensor  # ((W - Q) H)ᵀ [K, N], save for what is unheard
+    levels: Tensor | None = None  # [G, N, L], of a grid that learns them
     unheard: Unheard | None = None  # None: the state is complete
 
     def groups(self) -> list[tuple[slice, Affine]]:
         """Return the columns of each group and its placement, [N] each."""
         starts = range(0, self.h.shape[0], self.group_size)
         return [
-            (slice(start, min(start + self.group_size, self.h.shape[0])), Affine(scale, zero))
-            for start, scale, zero in zip(starts, self.scales, self.zeros, strict=True)
+            (slice(start, min(start + self.group_size, self.h.shape[0])), self.placement(group))
+            for group, start in enumerate(starts)
         ]
+
+    def placement(self, group: int) -> Affine:
+        """Return the placement of a group, [N] each."""
+        return Affine(self.scales[group], self.zeros[group], None if self.levels is None else self.levels[group])
 
     def weight(self) -> QuantizedWeight:
         """Return the weight alone."""
@@ -59,7 +64,8 @@ class State:
         for columns, at in self.groups():
             codes[columns] = self.grid.encode(self.values[columns], at)
         codes, scales, zeros = (t.T.contiguous() for t in (codes, self.scales, self.zeros))
-        return QuantizedWeight(codes, scales, zeros, self.grid, self.group_size)
+        levels = None if self.levels is None else self.levels.transpose(0, 1).contiguous()
+        return QuantizedWeight(codes, scales, zeros, self.grid, self.group_size, levels)
 
 
 def begin(q: QuantizedWeight, w: Tensor, h: Tensor) -> State:
@@ -72,7 +78,8 @@ def begin(q: QuantizedWeight, w: Tensor, h: Tensor) -> State:
     """
     scales, zeros = q.scales.T.contiguous(), q.zeros.T.contiguous()
     values = torch.empty(w.shape[::-1], device=w.device)
-    state = State(q.grid, q.group_size, h, values, scales, zeros, values)
+    levels = None if q.levels is None else q.levels.transpose(0, 1).contiguous()
+    state = State(q.grid, q.group_size, h, values, scales, zeros, values, levels)
     for columns, at in state.groups():
         values[columns] = q.grid.decode(q.codes.T[columns], at)
     return replace(state, gradient=h @ (w.T - values))
@@ -89,12 +96,17 @@ def complete(state: State) -> State:
 
 def take(state: State, rows: Tensor) -> State:
     """Return these rows (indices into N) of `state`."""
-    names = ("values", "scales", "zeros", "gradient")
-    parts = {name: getattr(state, name).index_select(1, rows) for name in names}
+    parts = {name: None if t is None else t.index_select(1, rows) for name, t in _row_tensors(state).items()}
     unheard = state.unheard
     if unheard is not None:
         unheard = unheard._replace(changes=unheard.changes.index_select(1, rows))
-    return replace(state, unheard=unheard, **parts)
+    return replace(state, unheard=unheard, **parts)  # type: ignore[arg-type]
+
+
+def _row_tensors(state: State) -> dict[str, Tensor | None]:
+    """Return the tensors of `state` whose second dimension is that of the rows, by name."""
+    names = ("values", "scales", "zeros", "gradient", "levels")
+    return {name: getattr(state, name) for name in names}
 
 
 def descend(q: QuantizedWeight, w: Tensor, h: Tensor) -> QuantizedWeight:
@@ -121,12 +133,12 @@ def sweep(state: State, pieces: Sequence[slice], improve: Callable[[State, Tenso
         state: what to improve; it is left as it is.
         pieces: adjacent slices that cover all columns.
         improve: called with the work in progress, the changes [K, N] of values so far, and a piece. The gradient of the
-            piece knows all changes outside of it. It writes the new values, scales and zeros of the piece into the
-            work, and the changes of its values, which are 0 as yet.
+            piece knows all changes outside of it. It writes the new values, scales, zeros and levels of the piece into
+            the work, and the changes of its values, which are 0 as yet.
     """
     changes = torch.zeros_like(state.values)
-    values, scales, zeros, gradient = (t.clone() for t in (state.values, state.scales, state.zeros, state.gradient))
-    work = replace(state, values=values, scales=scales, zeros=zeros, gradient=gradient)
+    copies: dict[str, Any] = {name: None if t is None else t.clone() for name, t in _row_tensors(state).items()}
+    work = replace(state, **copies)
     _visit(work, changes, pieces, improve)
     return replace(work, unheard=Unheard(changes, pieces))
 
@@ -173,7 +185,7 @@ def _one_by_one(work: State, changes: Tensor, columns: slice) -> None:
         # from the old value to the lowest point of the parabola
         way = torch.addmv(work.gradient[j], changes[done].T, work.h[j, done], beta=part, alpha=-part)
         old = work.values[j]
-        move = work.grid.nearest(old + way, Affine(work.scales[group], work.zeros[group])).sub_(old)
+        move = work.grid.nearest(old + way, work.placement(group)).sub_(old)
         helps = torch.sub(move, way, alpha=2).mul_(move) < 0  # nearer to that point than before
         torch.mul(move, helps, out=changes[j])
     work.values[columns] += changes[columns]

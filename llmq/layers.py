@@ -6,7 +6,7 @@ is undone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +15,18 @@ from torch import Tensor
 
 from llmq.errors import SolverError
 from llmq.families import Linear
+from llmq.grids.vq import VectorGrid, VectorWeight
 from llmq.preflight import Job
 from llmq.problems import Problem
 from llmq.ranks import ALONE
 from llmq.refine import refine
 from llmq.report import STARVED, LayerReport
-from llmq.solvers import SOLVERS
 from llmq.solvers.shift import shifted
+from llmq.solvers.vectors import solvers_of
 from llmq.transforms import magr
 from llmq.types import QuantizedWeight, Solution
+from llmq.vectors import refining
+from llmq.weights import chosen, select_rows, stacked
 
 # Below so many tokens per input, stronger damping is tried too and the best taken by the loss on held-out tokens.
 _FEW_TOKENS = 16
@@ -109,9 +112,15 @@ def _solve(job: Job, problem: Problem) -> list[_Piece]:
     """Return the pieces of a problem, in the order of its rows; errors name its first linear."""
     if STARVED in problem.remedies:
         plain = job.recipe.model_copy(update={"shift": 0.0, "refine_rounds": 0, "magr": 0.0})
-        job = replace(job, recipe=plain, solver=SOLVERS["weighted_rtn"])
+        job = replace(job, recipe=plain, solver=solvers_of(job.grid)["weighted_rtn"])
+    # rows that share a codebook are those of one linear
+    parts = [[row] for row in problem.rows] if isinstance(job.grid, VectorGrid) else [problem.rows]
     try:
-        return _pieces(job, problem, problem.weight())
+        return [
+            piece
+            for part in (replace(problem, rows=rows) for rows in parts)
+            for piece in _pieces(job, part, part.weight())
+        ]
     except SolverError as error:
         raise SolverError(f"{problem.name}: {error}") from error
 
@@ -119,13 +128,14 @@ def _solve(job: Job, problem: Problem) -> list[_Piece]:
 def _pieces(job: Job, problem: Problem, w: Tensor) -> list[_Piece]:
     """Return the solved rows of stacked weights `w` [N, K], linear by linear, with the losses of each."""
     if problem.train is None:
-        solution = job.solver.run(w, None, job.grid, job.spec.group_columns(w.shape[1]))
+        solution = job.solver.run(w, None, job.grid.adapted(w), job.spec.group_columns(w.shape[1]))
         return _split(problem, [solution] * len(problem.rows), solution.weight, [[] for _ in problem.rows])
     h = problem.train.mean(problem.name)
+    job = replace(job, grid=job.grid.adapted(w))
     judge = None
     if problem.held_out is not None and problem.held_out.tokens:
         pull = w @ problem.held_out.cross(problem.name) if problem.paired else None
-        if problem.routed is None:  # experts may share their sums
+        if problem.routed is None and not isinstance(job.grid, VectorGrid):  # experts share their sums, linears too
             problem.held_out.drop_cross()
         judge = Measure(w, problem.held_out.mean(problem.name), pull)
     solutions, result, undone = _judged(job, problem, w, h, judge)
@@ -171,26 +181,18 @@ def _judged(
 def _split(
     problem: Problem, solutions: list[Solution], whole: QuantizedWeight, undone: list[list[str]]
 ) -> list[_Piece]:
-    sizes = [rows.stop - rows.start for _, rows in problem.rows]
-    parts = zip(whole.codes.split(sizes), whole.scales.split(sizes), whole.zeros.split(sizes), strict=True)
-    return [
-        _Piece(
-            linear.name,
-            replace(whole, codes=codes, scales=scales, zeros=zeros),
-            solution.damp_percent,
-            solution.remedies,
-            names,
-        )
-        for (linear, _), (codes, scales, zeros), solution, names in zip(
-            problem.rows, parts, solutions, undone, strict=True
-        )
-    ]
+    pieces, start = [], 0
+    for (linear, own), solution, names in zip(problem.rows, solutions, undone, strict=True):
+        part = select_rows(whole, slice(start, start + own.stop - own.start))
+        start += len(part.codes)
+        pieces.append(_Piece(linear.name, part, solution.damp_percent, solution.remedies, names))
+    return pieces
 
 
 def _join(block: int, linear: Linear, pieces: list[_Piece]) -> Layer:
     """Return the layer whose rows `pieces` are; its module still holds the original weight."""
     first = pieces[0]
-    whole = _stacked([piece.weight for piece in pieces])
+    whole = stacked([piece.weight for piece in pieces])
     loss, relative = _relative([piece.train for piece in pieces])
     weight = linear.weight.float()
     norm = float(weight.norm())
@@ -242,22 +244,21 @@ def _attempt(
     parts = job.ranks.shared(
         {
             number: _attempt_rows(job, rows, h, cross, damp_percent)
-            for number, rows in enumerate(w.split(job.budget.solver_rows or len(w)))
+            for number, rows in enumerate(w.split(_rows_at_once(job, w)))
             if number % job.ranks.world == job.ranks.rank
         }
     )
     first = parts[0][0]
     if len(parts) == 1:
         return parts[0]
-    solved, refined = (_stacked(weights) for weights in zip(*((s.weight, r) for s, r, _ in parts), strict=True))
+    solved, refined = (stacked(weights) for weights in zip(*((s.weight, r) for s, r, _ in parts), strict=True))
     remedies = tuple(dict.fromkeys(remedy for solution, _, _ in parts for remedy in solution.remedies))
     return Solution(solved, first.damp_percent, remedies), refined, parts[0][2]
 
 
-def _stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Return the weight whose rows are those of `weights`."""
-    codes, scales, zeros = (torch.cat([getattr(w, part) for w in weights]) for part in ("codes", "scales", "zeros"))
-    return replace(weights[0], codes=codes, scales=scales, zeros=zeros)
+def _rows_at_once(job: Job, w: Tensor) -> int:
+    """Return how many rows of `w` are solved together: as many as the budget allows, but all that share a codebook."""
+    return len(w) if isinstance(job.grid, VectorGrid) else job.budget.solver_rows or len(w)
 
 
 def _attempt_rows(
@@ -276,8 +277,13 @@ def _attempt_rows(
         # not `hessian.damped`, which gives inputs that never occur a weight of 1: here they must not pull at scales
         damped = h.clone()
         damped.diagonal().add_(solution.damp_percent * h.diagonal().mean())
-        refined = refine(refined, target, damped, recipe.refine_rounds)
+        refined = _refined(refined, target, damped, recipe.refine_rounds)
     return solution, refined, target is not w
+
+
+def _refined(q: QuantizedWeight, w: Tensor, h: Tensor, rounds: int) -> QuantizedWeight:
+    """Return `q` after up to `rounds` rounds of the refiners of its kind."""
+    return refining.refined(q, w, h, rounds) if isinstance(q, VectorWeight) else refine(q, w, h, rounds)
 
 
 def answer(job: Job, w: Tensor, h: Tensor) -> QuantizedWeight:
@@ -313,7 +319,4 @@ def _guard(
             take[start : start + size] = False
             names.append(what)
         start += size
-    codes, scales, zeros = (
-        torch.where(take[:, None], getattr(after, name), getattr(before, name)) for name in ("codes", "scales", "zeros")
-    )
-    return replace(after, codes=codes, scales=scales, zeros=zeros)
+    return chosen(take, after, before)

@@ -21,12 +21,13 @@ from llmq.errors import CalibrationError, CheckpointError, SolverError, SpecErro
 from llmq.families import Linear, Structure, check_stages, find_structure, skeleton
 from llmq.formats import FORMATS, METHODS, Format
 from llmq.fp8 import open_checkpoint
-from llmq.grids import GRIDS
+from llmq.grid_checks import check_scales, grid_of
 from llmq.moe import Bank, left_dense, routers_of
 from llmq.names import file_names
 from llmq.ranks import ALONE, Ranks
 from llmq.recipe import Recipe
-from llmq.solvers import SOLVERS, Solver
+from llmq.solvers import Solver
+from llmq.solvers.vectors import solvers_of
 from llmq.types import Grid, QuantSpec
 from llmq.unfused import take_apart
 
@@ -105,13 +106,16 @@ def prepare(model: str | Path, recipe: Recipe) -> Job:
         CheckpointError: the checkpoint is incomplete, or its tensors do not have the model's shapes.
     """
     spec = recipe.spec
-    solver = _row(SOLVERS, recipe.method, "method")
     layout = _row(FORMATS, spec.format, "format")
     if recipe.group_size < 1 and recipe.group_size != -1:
         raise SpecError(f"group_size is {recipe.group_size}; use a positive number, or -1 for one per row")
     # a layer that every group size fits: what the format refuses here it refuses everywhere
     if refusal := layout.refuses(spec, 32, 32 * spec.group_columns(32)):
         raise SpecError(refusal)
+    grid = grid_of(recipe, spec)
+    solver = _row(solvers_of(grid), recipe.method, "method")
+    if why := solver.refuses(grid):
+        raise SpecError(f"method {recipe.method} {why}")
     for stage in ("tune_steps", "tune_epochs", "guidance_groups", "rotation", "scaling"):
         if getattr(recipe, stage) not in (0, "none") and not solver.calibrated:
             raise SpecError(f"{stage} needs calibration, which method {recipe.method} does without; use --method gptq")
@@ -140,7 +144,6 @@ def prepare(model: str | Path, recipe: Recipe) -> Job:
         dense += head.numel() * own.itemsize  # it gets a weight of its own
     if embedding is not None:
         dense += _packed_bytes(embedding.shape, embedding.spec, layout)
-    grid = GRIDS["uniform"](spec.bits, spec.symmetric, recipe.sym_range)
     total = packed + dense
     return Job(
         source, recipe, spec, grid, solver, layout, net, structure, names, dtype, own, unties, packed, total, embedding
@@ -169,8 +172,7 @@ def _embedding(model: PreTrainedModel, names: Mapping[str, str], recipe: Recipe,
         raise SpecError(f"embeddings: {name} is a {type(module).__name__}, not a matrix of the files; leave it dense")
     if others := {key for key, own in model.all_tied_weights_keys.items() if own == f"{name}.weight"} - heads:
         raise SpecError(f"embeddings: {min(others)} shares the matrix of {name}; llmq packs it for a head only")
-    grid = GRIDS["uniform"](spec.bits, spec.symmetric, recipe.sym_range)
-    return Embedding(name, (module.num_embeddings, module.embedding_dim), spec, grid)
+    return Embedding(name, (module.num_embeddings, module.embedding_dim), spec, grid_of(recipe, spec))
 
 
 def check_output(job: Job, output: Path) -> None:
@@ -250,21 +252,13 @@ def check_weights(job: Job, report: Callable[[str], None]) -> str:
                     f"{name}: {bad} of {part.numel()} values are NaN or infinite; the checkpoint is damaged"
                 )
             if linear is not None and not linear.transposed:
-                _check_scales(linear.name, part, job.spec, job.grid)
+                check_scales(linear.name, part, job.spec, job.grid)
             elif job.embedding is not None and name == f"{job.embedding.name}.weight":
-                _check_scales(job.embedding.name, part, job.embedding.spec, job.embedding.grid)
+                check_scales(job.embedding.name, part, job.embedding.spec, job.embedding.grid)
             digest.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
         if linear is not None and linear.transposed:  # its groups lie across the pieces
-            _check_scales(linear.name, job.source.read(job.names[name]).T, job.spec, job.grid)
+            check_scales(linear.name, job.source.read(job.names[name]).T, job.spec, job.grid)
     return digest.hexdigest()
-
-
-def _check_scales(name: str, weight: Tensor, spec: QuantSpec, grid: Grid) -> None:
-    try:
-        for columns in weight.split(spec.group_columns(weight.shape[1]), dim=1):
-            grid.fit(columns)
-    except SolverError as error:
-        raise SolverError(f"{name}: {error}") from error
 
 
 def _with_banks(

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llmq.errors import SpecError
+from llmq.grids import ALL_GRIDS
 from llmq.types import QuantSpec
 
 # What statistics are collected by; the other fields of a recipe decide on codes.
@@ -42,8 +43,12 @@ class Recipe(BaseModel):
 
     method: str = Field(
         "gptq",
-        description="solver that picks the codes: gptq, descent, obq (small layers), weighted_rtn, gptaq, or rtn (no "
-        "calibration)",
+        description="solver that picks the codes: gptq, descent, obq (small layers), slb, bitsplit (uniform sym), "
+        "admm, weighted_rtn, gptaq, or rtn (no calibration)",
+    )
+    grid: str = Field(
+        "uniform",
+        description=f"where levels may lie: {', '.join(ALL_GRIDS)}; all but uniform need format llmq, and take it",
     )
     bits: int = Field(4, description="bits per weight: 2, 3, 4 or 8")
     group_size: int = Field(128, description="columns that share a scale; -1 means one scale per output row")
@@ -128,6 +133,15 @@ class Recipe(BaseModel):
         0.05, ge=0, le=1, description="share of layers that may end rounded to nearest for want of a usable Hessian"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_grid(cls, fields: dict[str, object]) -> dict[str, object]:
+        """Let the grid decide what is not said of bits, groups, zeros and format."""
+        row = ALL_GRIDS.get(str(fields.get("grid", "uniform")))
+        if row is None:
+            raise ValueError(f"grid is {fields['grid']!r}; llmq has {', '.join(ALL_GRIDS)}")
+        return {name: value for name, value in row.defaults().items() if name in cls.model_fields} | fields
+
     @field_validator("ignore")
     @classmethod
     def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -153,7 +167,7 @@ class Recipe(BaseModel):
     def spec(self) -> QuantSpec:
         """What packed layers look like under this recipe."""
         packed = self.format if self.sym else ASYMMETRIC.get(self.format, self.format)
-        return QuantSpec(self.bits, self.group_size, self.sym, packed)
+        return QuantSpec(self.bits, self.group_size, self.sym, packed, ALL_GRIDS[self.grid].scale_dtype, self.grid)
 
     @property
     def embedding_spec(self) -> QuantSpec | None:

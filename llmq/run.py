@@ -27,11 +27,11 @@ from llmq.rewriting import Rewriter
 from llmq.statistics import Statistics
 from llmq.stream import Stage, Stream
 from llmq.types import QuantizedWeight
+from llmq.weights import of_parts, parts_of
 
 # Gradient steps see this many tokens, a compromise between many steps and quiet ones.
 TOKENS_PER_STEP = 2048
 _GUIDANCE_CAP = 0.99  # quantile above which the end-loss weights of tokens are cut off: their tails are heavy
-_PARTS = ("codes", "scales", "zeros")
 
 
 class Run:
@@ -264,8 +264,10 @@ class Run:
 
     def weight_of(self, name: str, in_features: int, tensors: dict[str, Tensor]) -> QuantizedWeight:
         """Return the weight of a linear whose parts are among `tensors`."""
-        codes, scales, zeros = (tensors[f"{name}.{part}"].to(self.device) for part in _PARTS)
-        return QuantizedWeight(codes, scales, zeros, self.job.grid, self.job.spec.group_columns(in_features))
+        start = f"{name}."
+        parts = {key.removeprefix(start): t.to(self.device) for key, t in tensors.items() if key.startswith(start)}
+        parts.pop("bias", None)  # of the linear, which model tuning keeps beside it
+        return of_parts(parts, self.job.grid, self.job.spec.group_columns(in_features), in_features)
 
     def keep_block(self, index: int) -> None:
         """Put on record that a block is finished: its tensors are on the disk, the streams have passed it."""
@@ -344,7 +346,7 @@ class Run:
 
 def _parts(weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
     """Return the tensors of these weights, by name and part; see `Run.weight_of`."""
-    return {f"{name}.{part}": getattr(weight, part) for name, weight in weights.items() for part in _PARTS}
+    return {f"{name}.{part}": t for name, weight in weights.items() for part, t in parts_of(weight).items()}
 
 
 def _layer_report(entry: dict[str, Any]) -> LayerReport:

@@ -16,14 +16,24 @@ from torch import Tensor
 
 
 class Affine(NamedTuple):
-    """One group's placement on the grid: ``w = (code - zero) * scale``."""
+    """One group's placement on the grid; on the uniform one ``w = (code - zero) * scale``."""
 
     scale: Tensor  # float32 [N, 1]; its values are exact in the dtype that the format stores
-    zero: Tensor  # float32 [N, 1], whole numbers
+    zero: Tensor  # float32 [N, 1], whole numbers: a code, or which of a grid's tables has the levels
+    levels: Tensor | None = None  # of grids that learn them, float32, one dimension more than `scale`: [N, 1, L]
 
 
 class Grid(Protocol):
-    """Real numbers to codes and back, for the columns of one group."""
+    """Real numbers to codes and back, for the columns of one group.
+
+    Levels that are not equally spaced stand in a table, ``w = tables[zero][code] * scale``, or each group has learned
+    its own, ``w = levels[code]``.
+    """
+
+    @property
+    def name(self) -> str:
+        """Its row in `llmq.grids.GRIDS`."""
+        ...
 
     @property
     def bits(self) -> int:
@@ -32,7 +42,26 @@ class Grid(Protocol):
 
     @property
     def symmetric(self) -> bool:
-        """Whether every zero is the middle code, so that no zeros need to be stored."""
+        """Whether every zero is the same, so that no zeros need to be stored."""
+        ...
+
+    @property
+    def zeros(self) -> tuple[int, int]:
+        """The lowest and the highest zero; one number twice, if symmetric."""
+        ...
+
+    @property
+    def tables(self) -> Tensor | None:
+        """The levels by zero and code, float32 [T, 2^bits] on the CPU, or None where there are no such tables."""
+        ...
+
+    @property
+    def learns(self) -> bool:
+        """Whether each group has levels of its own, `Affine.levels`."""
+        ...
+
+    def adapted(self, w: Tensor) -> Grid:
+        """Return the grid for a whole weight `w` [N, K], if something of it depends on all groups; else itself."""
         ...
 
     def fit(self, w: Tensor, weight: Tensor | None = None, *, norm: float = 2.0) -> Affine:
@@ -68,6 +97,7 @@ class QuantSpec:
     symmetric: bool
     format: str  # a name in llmq.formats.FORMATS
     scale_dtype: torch.dtype = torch.float16  # of the scales in the file
+    grid: str = "uniform"  # a name in llmq.grids.GRIDS
 
     def group_columns(self, in_features: int) -> int:
         """Return the number of columns in one group of a layer with `in_features` inputs."""
@@ -87,10 +117,18 @@ class QuantizedWeight:
     zeros: Tensor  # float32 [N, G], whole numbers in code units
     grid: Grid
     group_size: int  # columns per group; the last group may be short
+    levels: Tensor | None = None  # float32 [N, G, L] of a grid that learns them
 
     def dequantize(self) -> Tensor:
         """Return the weight that the codes stand for, float32 [N, K]."""
         k = self.codes.shape[1]
+        if self.levels is not None:
+            groups = zip(self.codes.split(self.group_size, dim=1), self.scales.T, self.zeros.T, strict=True)
+            parts = [
+                self.grid.decode(codes, Affine(scale[:, None], zero[:, None], self.levels[:, group, None]))
+                for group, (codes, scale, zero) in enumerate(groups)
+            ]
+            return torch.cat(parts, dim=1)
         scale, zero = (t.repeat_interleave(self.group_size, dim=1)[:, :k] for t in (self.scales, self.zeros))
         return self.grid.decode(self.codes, Affine(scale, zero))
 

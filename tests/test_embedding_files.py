@@ -77,7 +77,7 @@ def test_other_formats_say_what_to_do(tmp_path: Path, made: Make, name: str) -> 
 @pytest.mark.parametrize("bits", [1, 9, 0, -4])
 def test_bits_that_do_not_exist_are_refused(tmp_path: Path, bits: int) -> None:
     dense = make_llama(tmp_path / "dense")
-    with pytest.raises(SpecError, match=f"embeddings: the llmq format holds 2 to 8 bits, not {bits}"):
+    with pytest.raises(SpecError, match=f"embeddings: the uniform grid has 2, 3, 4, 5, 6, 7, 8 bits, not {bits}"):
         quantize(dense, tmp_path / "out", Recipe(method="rtn", format="llmq", embeddings=bits))
 
 

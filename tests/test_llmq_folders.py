@@ -97,10 +97,10 @@ def test_a_folder_of_a_newer_llmq_is_refused_by_all(tmp_path: Path) -> None:
     quantize(make_llama(tmp_path / "dense"), tmp_path / "packed", recipe)
     folder = Path(shutil.copytree(tmp_path / "packed", tmp_path / "newer"))
     config = json.loads((folder / "config.json").read_bytes())
-    config["quantization_config"]["schemes"][0]["grid"] = "codebook"
+    config["quantization_config"]["schemes"][0]["grid"] = "spiral"
     (folder / "config.json").write_text(json.dumps(config))
     for reader in (llmq.load, PackedCheckpoint):
-        with pytest.raises(CheckpointError, match=r"grid is 'codebook'.*needs a newer llmq"):
+        with pytest.raises(CheckpointError, match=r"grid is 'spiral'.*needs a newer llmq"):
             reader(folder)
     with pytest.raises(CheckpointError, match="needs a newer llmq"):
         convert(folder, tmp_path / "out", "gptq")

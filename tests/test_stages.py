@@ -9,7 +9,7 @@ from llmq.stages import STAGES, Stage, is_on, variants
 
 # Fields that say which solver, which grid, which data or which files; and dials of a stage that is on anyway.
 NO_STAGES = {
-    *("method", "bits", "group_size", "sym", "sym_range", "format", "ignore"),
+    *("method", "grid", "bits", "group_size", "sym", "sym_range", "format", "ignore"),
     *("calibration", "num_samples", "response_only", "all_experts", "seq_len", "seed"),
     *("dtype", "shard_size", "max_fallback", "embeddings"),
     *("damp_percent", "search_norm"),

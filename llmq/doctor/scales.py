@@ -49,10 +49,11 @@ def values(patient: Patient) -> Iterator[Finding]:
         name = next((name for name in _NAMES if name in layer.header), None)
         if name is None or not layer.header[name][1].is_floating_point:
             continue
-        scales = patient.read(f"{layer.module}.{name}")
+        scales = patient.read(f"{layer.module}.{name}").float()  # small floats cannot be compared
         bad = int((~torch.isfinite(scales)).sum())
         if bad:
-            infinite.append((layer.module, f"{bad} of {scales.numel()} scales are inf or NaN ({scales.dtype})"))
+            dtype = layer.header[name][1]
+            infinite.append((layer.module, f"{bad} of {scales.numel()} scales are inf or NaN ({dtype})"))
         if count := int((scales == 0).sum()):
             zero.append((layer.module, f"{count} of {scales.numel()} scales are 0"))
         if count := int((scales < 0).sum()):

@@ -37,6 +37,7 @@ from llmq.formats.stored import (
     group_size_of,
     header_of,
     matrix,
+    needs_uniform,
     only_spec,
     setting,
     shown,
@@ -61,6 +62,8 @@ _MIDDLE = 0x88888888 - 2**32  # a word of symmetric zeros
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int) -> str | None:
     """Return why a layer of this size cannot be stored, or None if it can."""
+    if spec.grid != "uniform":
+        return needs_uniform(spec)
     if spec.bits != BITS:
         return f"the awq format holds 4 bits, not {spec.bits}"
     if out_features % EIGHT:

@@ -41,6 +41,7 @@ from llmq.formats.stored import (
     group_columns,
     header_of,
     matrix,
+    needs_uniform,
     stored_scales,
     stored_zeros,
 )
@@ -72,6 +73,8 @@ embeddings = False
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int) -> str | None:
     """Return why a layer of this size cannot be stored, or None if it can."""
+    if spec.grid != "uniform":
+        return needs_uniform(spec)
     if spec.bits not in BITS:
         return f"the compressed-tensors format holds 2 to 8 bits, not {spec.bits}"
     if in_features % spec.group_columns(in_features):

@@ -38,6 +38,7 @@ from llmq.formats.stored import (
     group_size_of,
     header_of,
     matrix,
+    needs_uniform,
     setting,
     shown,
     stored_scales,
@@ -58,6 +59,8 @@ embeddings = False
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int) -> str | None:
     """Return why a layer of this size cannot be stored, or None if it can."""
+    if spec.grid != "uniform":
+        return needs_uniform(spec)
     if spec.bits not in BITS:
         return f"the gptq format holds {', '.join(map(str, BITS))} bits, not {spec.bits}"
     for name, size in (("in_features", in_features), ("out_features", out_features)):

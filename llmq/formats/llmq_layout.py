@@ -5,8 +5,11 @@ Per layer of N outputs and K inputs with G groups per row:
     shape    int64 [2]              N and K: nothing else tells K where codes do not fill the last byte
     codes    uint8 [N, ⌈K·bits/8⌉]  codes of one output, a stream of bits along the inputs; every row begins a byte
     scales   float16 or others [N, G]
+    global_scale  float32 [1]       of nvfp4 only: a power of two, by which the scales are multiplied
     zeros    uint8 [N, G]           of asymmetric layers only; int16 at 8 bits, where version 1 of gptq knows zero 256
     permutation  int32 [K]          where groups are not of neighbouring inputs: which input each column belongs to
+    levels   float32 [T, 2^bits]    of grids with tables: what a code stands for, times the scale; zeros pick the table
+             int8 [N, G, 2^bits] of grids that learn levels; their scales are powers of two
 
 Any N, K and group size, with a short last group where it does not divide K. The configuration has a version, and
 every scheme its grid: whoever meets a higher one, another grid or a key that it does not know has to refuse. What is
@@ -25,6 +28,7 @@ from torch.nn.functional import pad
 
 from llmq.errors import CheckpointError, SpecError
 from llmq.formats import bits as bitstream
+from llmq.formats import float_scales, vectors
 from llmq.formats.naming import compiled, matches, patterns
 from llmq.formats.stored import (
     INDEX_DTYPES,
@@ -41,21 +45,19 @@ from llmq.formats.stored import (
     header_of,
     setting,
     shown,
-    stored_scales,
 )
-from llmq.grids.uniform import UniformGrid
-from llmq.types import QuantizedWeight, QuantSpec
+from llmq.grids import ALL_GRIDS, make_grid
+from llmq.grids.codebook import LARGEST_POWER, LEAST_POWER, shared_exponent
+from llmq.types import Grid, QuantizedWeight, QuantSpec
 
-BITS = range(2, 9)
 VERSION = 1
 
 marker = "codes"
-parts: tuple[str, ...] = ("shape", "codes", "scales", "zeros", "permutation")
-optional: tuple[str, ...] = ("zeros", "permutation")
+optional: tuple[str, ...] = ("scales", "global_scale", "zeros", "levels", "codebook", "permutation")
+parts: tuple[str, ...] = ("shape", "codes", *optional)
 index: str | None = "permutation"
 embeddings = True
 
-_GRID = "uniform"
 _KEYS = frozenset({"quant_method", "version", "schemes", "meta"})
 _SCHEME_KEYS = frozenset({"grid", "bits", "group_size", "symmetric", "modules"})
 _WORD_BYTES = 4
@@ -63,17 +65,27 @@ _WORD_BYTES = 4
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int) -> str | None:
     """Return why a layer of this size cannot be stored, or None if it can."""
-    return None if spec.bits in BITS else f"the llmq format holds 2 to 8 bits, not {spec.bits}"
+    if spec.bits not in ALL_GRIDS[spec.grid].bits:
+        known = ", ".join(map(str, ALL_GRIDS[spec.grid].bits))
+        return f"the {spec.grid} grid has {known} bits, not {spec.bits}"
+    return vectors.refuses(spec, in_features) if vectors.holds(spec) else None
 
 
 def layout(spec: QuantSpec, out_features: int, in_features: int) -> TensorLayout:
     """Return shape and dtype of each tensor that `pack` makes of columns in order, by its local name."""
+    if vectors.holds(spec):
+        return vectors.layout(spec, out_features, in_features)
     groups = spec.groups(in_features)
     found: TensorLayout = {
         "shape": ((2,), torch.int64),
         "codes": ((out_features, _row_bytes(in_features, spec.bits)), torch.uint8),
-        "scales": ((out_features, groups), spec.scale_dtype),
     }
+    grid = _grid(spec)
+    found |= float_scales.layout(spec, out_features, groups)
+    if grid.learns:
+        found["levels"] = ((out_features, groups, 2**spec.bits), torch.int8)
+    if grid.tables is not None:
+        found["levels"] = (tuple(grid.tables.shape), torch.float32)
     if not spec.symmetric:
         found["zeros"] = ((out_features, groups), _zero_dtype(spec))
     return found
@@ -85,7 +97,9 @@ def recognize(spec: QuantSpec, header: Header, read: Read) -> Stored:
     Raises:
         CheckpointError: a tensor is missing, or its shape or dtype does not fit the others and `spec`.
     """
-    check_spec(spec, BITS)
+    check_spec(spec, ALL_GRIDS[spec.grid].bits)
+    if vectors.holds(spec):
+        return vectors.recognize(spec, header, read)
     n, row = _rows(header)
     if "shape" not in header:
         raise CheckpointError("shape is missing; the checkpoint is incomplete")
@@ -98,12 +112,12 @@ def recognize(spec: QuantSpec, header: Header, read: Read) -> Stored:
             f"{[outputs, _row_bytes(k, spec.bits)]}"
         )
     wanted = layout(spec, n, k) | {"permutation": ((k,), torch.int32)}
-    dtypes = {"scales": SCALE_DTYPES, "permutation": INDEX_DTYPES}
+    dtypes = {"scales": _scale_dtypes(spec), "permutation": INDEX_DTYPES}
     expected = {name: (size, dtypes.get(name, (dtype,))) for name, (size, dtype) in wanted.items()}
     found = check_header(header, expected, ("permutation",), described(spec, n, k))
     if spec.symmetric and "zeros" in header:
         raise CheckpointError("zeros is there, but config.json says symmetric; set symmetric to false")
-    return Stored(replace(spec, scale_dtype=found["scales"][1]), n, k, found)
+    return Stored(replace(spec, scale_dtype=found.get("scales", ((), spec.scale_dtype))[1]), n, k, found)
 
 
 def pack(weight: QuantizedWeight, spec: QuantSpec, columns: Tensor | None = None) -> dict[str, Tensor]:
@@ -115,13 +129,20 @@ def pack(weight: QuantizedWeight, spec: QuantSpec, columns: Tensor | None = None
         SpecError: a zero is neither a code nor 2^bits, a symmetric layer has others than the middle one, or a scale is
             not exact in the dtype of the file.
     """
+    if vectors.holds(spec):
+        return vectors.pack(weight, spec, columns)
     n, k = weight.codes.shape
     stream = bitstream.pack(weight.codes, spec.bits)
     found = {
         "shape": torch.tensor([n, k], device=stream.device),
         "codes": stream.view(torch.uint8)[:, : _row_bytes(k, spec.bits)].contiguous(),
-        "scales": stored_scales(weight, spec),
     }
+    if weight.levels is None:
+        found |= float_scales.pack(weight, spec)
+    else:
+        found["scales"], found["levels"] = _stored_levels(weight.levels, spec)
+    if weight.grid.tables is not None:
+        found["levels"] = weight.grid.tables.to(stream.device, copy=True)  # that of each layer is its own
     zeros = _stored_zeros(weight, spec)
     if not spec.symmetric:
         found["zeros"] = zeros
@@ -138,16 +159,23 @@ def unpack(tensors: Mapping[str, Tensor], spec: QuantSpec) -> QuantizedWeight:
     """
     stored = recognize(spec, header_of(tensors), tensors.__getitem__)
     spec, k = stored.spec, stored.in_features
+    if vectors.holds(spec):
+        return vectors.unpack(tensors, stored, words(tensors["codes"]))
     columns(tensors, spec)
-    scales = tensors["scales"].float().contiguous()
-    zeros = torch.full_like(scales, 2 ** (spec.bits - 1)) if spec.symmetric else tensors["zeros"].float().contiguous()
-    if bool(((zeros < 0) | (zeros > 2**spec.bits)).any()):
+    grid = _grid(spec)
+    levels = learned_levels(tensors) if grid.learns else None
+    scales = float_scales.unpack(tensors, spec).float() if levels is None else torch.ones_like(levels[..., 0])
+    if grid.tables is not None and not torch.equal(tensors["levels"].cpu(), grid.tables):
+        raise CheckpointError(f"levels are not those of the {spec.grid} grid; another program has written them")
+    zeros = torch.full_like(scales, grid.zeros[0]) if spec.symmetric else tensors["zeros"].float().contiguous()
+    lowest, highest = zero_range(spec)
+    if bool(((zeros < lowest) | (zeros > highest)).any()):
         raise CheckpointError(
-            f"zeros are {float(zeros.min()):g} to {float(zeros.max()):g}; codes of {spec.bits} bits "
-            f"have 0 to {2**spec.bits}"
+            f"zeros are {float(zeros.min()):g} to {float(zeros.max()):g}; {spec.grid} codes of {spec.bits} bits "
+            f"have {lowest} to {highest}"
         )
-    grid = UniformGrid(spec.bits, spec.symmetric)
-    return QuantizedWeight(_codes(tensors["codes"], spec.bits, k), scales, zeros, grid, group_columns(spec, k))
+    codes = _codes(tensors["codes"], spec.bits, k)
+    return QuantizedWeight(codes, scales, zeros, grid, group_columns(spec, k), levels)
 
 
 def columns(tensors: Mapping[str, Tensor], spec: QuantSpec) -> Tensor | None:
@@ -190,14 +218,14 @@ def config(specs: Mapping[str, QuantSpec], dense: Sequence[str]) -> dict[str, ob
     Raises:
         SpecError: there are no packed modules.
     """
-    members: dict[tuple[int, int, bool], list[str]] = {}
+    members: dict[tuple[str, int, int, bool], list[str]] = {}
     for name, spec in specs.items():
-        members.setdefault((spec.bits, spec.group_size, spec.symmetric), []).append(name)
+        members.setdefault((spec.grid, spec.bits, spec.group_size, spec.symmetric), []).append(name)
     if not members:
         raise SpecError("nothing is packed: there is no quantization to describe")
     schemes: list[dict[str, object]] = []
-    for (bits, group_size, symmetric), own in members.items():
-        scheme: dict[str, object] = {"grid": _GRID, "bits": bits, "group_size": group_size, "symmetric": symmetric}
+    for (grid, bits, group_size, symmetric), own in members.items():
+        scheme: dict[str, object] = {"grid": grid, "bits": bits, "group_size": group_size, "symmetric": symmetric}
         if len(members) > 1:
             mine = set(own)
             scheme["modules"] = patterns(own, [name for name in specs if name not in mine])
@@ -233,19 +261,23 @@ def specs(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, QuantS
 def _spec(scheme: Mapping[str, Any]) -> QuantSpec:
     """Return what one scheme says."""
     _check_keys(scheme, _SCHEME_KEYS, "schemes: ")
-    grid = setting(scheme, ("grid",), str, None, _GRID)
+    grid = setting(scheme, ("grid",), str, None, ", ".join(ALL_GRIDS))
     if grid is None:
         raise CheckpointError("quantization_config: a scheme has no grid; llmq writes one, the file is damaged")
-    if grid != _GRID:
-        raise _newer(f"grid is {shown(grid)}, this llmq reads {_GRID}")
-    bits = setting(scheme, ("bits",), int, None, "2 to 8")
-    if bits not in BITS:
-        raise CheckpointError(f"quantization_config: bits is {shown(bits)}; llmq reads 2 to 8")
+    if grid not in ALL_GRIDS:
+        raise _newer(f"grid is {shown(grid)}, this llmq reads {', '.join(ALL_GRIDS)}")
+    row = ALL_GRIDS[grid]
+    known = ", ".join(map(str, row.bits))
+    bits = setting(scheme, ("bits",), int, None, known)
+    if bits not in row.bits:
+        raise CheckpointError(f"quantization_config: bits is {shown(bits)}; llmq reads {known} of the {grid} grid")
     symmetric = setting(scheme, ("symmetric",), bool, None, "true or false")
     if symmetric is None or scheme.get("group_size") is None:
         key = "symmetric" if symmetric is None else "group_size"
         raise CheckpointError(f"quantization_config: a scheme has no {key}; llmq writes one, the file is damaged")
-    return QuantSpec(bits, group_size_of(scheme, ("group_size",), -1), symmetric, "llmq")
+    if symmetric not in row.symmetric:
+        raise CheckpointError(f"quantization_config: symmetric is {shown(symmetric)}, the {grid} grid is not")
+    return QuantSpec(bits, group_size_of(scheme, ("group_size",), -1), symmetric, "llmq", row.scale_dtype, grid)
 
 
 def _modules(scheme: Mapping[str, Any], count: int) -> list[Any] | None:
@@ -283,15 +315,60 @@ def _rows(header: Header) -> tuple[int, int]:
 
 def _stored_zeros(weight: QuantizedWeight, spec: QuantSpec) -> Tensor:
     """Return the zeros [N, G] in the dtype of the file."""
-    zeros, middle = weight.zeros, 2 ** (spec.bits - 1)
-    if spec.symmetric and not bool((zeros == middle).all()):
-        raise SpecError(f"a symmetric layer has zeros other than {middle}; store it as asymmetric")
-    if not bool(((zeros >= 0) & (zeros <= 2**spec.bits) & (zeros == zeros.round())).all()):
+    zeros, (lowest, highest) = weight.zeros, zero_range(spec)
+    if spec.symmetric and not bool((zeros == lowest).all()):
+        raise SpecError(f"a symmetric layer has zeros other than {lowest}; store it as asymmetric")
+    if not bool(((zeros >= lowest) & (zeros <= highest) & (zeros == zeros.round())).all()):
         raise SpecError(
             f"zeros of {float(zeros.min()):g} to {float(zeros.max()):g}; the llmq format stores whole "
-            f"numbers from 0 to {2**spec.bits} at {spec.bits} bits"
+            f"numbers from {lowest} to {highest} of the {spec.grid} grid at {spec.bits} bits"
         )
     return zeros.to(_zero_dtype(spec)).contiguous()
+
+
+def zero_range(spec: QuantSpec) -> tuple[int, int]:
+    """Return the lowest and highest zero in files; version 1 of the gptq format, that may be converted, has 2^bits."""
+    lowest, highest = _grid(spec).zeros
+    return lowest, highest + (spec.grid == "uniform" and not spec.symmetric)
+
+
+def _grid(spec: QuantSpec) -> Grid:
+    return make_grid(spec.grid, spec.bits, spec.symmetric)
+
+
+def _scale_dtypes(spec: QuantSpec) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that scales may have: those of the grid, if it has its own."""
+    own = ALL_GRIDS[spec.grid].scale_dtype
+    return SCALE_DTYPES if own in SCALE_DTYPES else (own,)
+
+
+def learned_levels(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the stored levels of a grid that learns them, float32 [..., N, G, L].
+
+    Raises:
+        CheckpointError: they are none that `pack` writes.
+    """
+    whole, power = tensors["levels"].float(), tensors["scales"].float()[..., None]
+    levels = whole * power
+    rising = whole.diff(dim=-1) >= 0
+    if not bool(((power >= LEAST_POWER) & (power <= LARGEST_POWER)).all() and rising.all() and (whole != -128).all()):
+        raise CheckpointError(
+            f"levels do not rise within -127 to 127, or have scales beyond {LEAST_POWER:g} to {LARGEST_POWER:g}; "
+            "the file is damaged"
+        )
+    return levels
+
+
+def _stored_levels(levels: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Return the scales [N, G] and the whole numbers [N, G, L] that stand for learned `levels` in the file.
+
+    Raises:
+        SpecError: there are none.
+    """
+    whole, power = shared_exponent(levels)
+    if not torch.equal(whole * power, levels):
+        raise SpecError("a level is not a whole number up to 127 of the power of two that its table shares")
+    return power[..., 0].to(spec.scale_dtype), whole.to(torch.int8)
 
 
 def _zero_dtype(spec: QuantSpec) -> torch.dtype:

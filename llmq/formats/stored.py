@@ -98,6 +98,11 @@ def described(spec: QuantSpec, out_features: int, in_features: int) -> str:
     )
 
 
+def needs_uniform(spec: QuantSpec) -> str:
+    """Return why a format that knows the uniform grid only cannot hold a layer on another one."""
+    return f"the {spec.format} format has no {spec.grid} grid; use --format llmq"
+
+
 def stored_scales(weight: QuantizedWeight, spec: QuantSpec) -> Tensor:
     """Return the scales [N, G] in the dtype of the file.
 
@@ -166,7 +171,7 @@ def only_spec(specs: Mapping[str, QuantSpec], what: str) -> QuantSpec:
     Raises:
         SpecError: they differ.
     """
-    kinds = {(spec.bits, spec.group_size, spec.symmetric, spec.format): spec for spec in specs.values()}
+    kinds = {(spec.bits, spec.group_size, spec.symmetric, spec.format, spec.grid): spec for spec in specs.values()}
     if len(kinds) != 1:
         raise SpecError(f"{what} has one quantization for all modules, not {len(kinds)}")
     return next(iter(kinds.values()))

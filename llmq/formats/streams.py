@@ -14,24 +14,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmq.formats import awq, gptq, llmq_layout, order
+from llmq.formats import awq, float_scales, gptq, llmq_layout, order
 from llmq.formats import bits as bitstream
-from llmq.formats.stored import group_columns
+from llmq.formats.stored import SCALE_DTYPES, group_columns
+from llmq.grids import make_grid
+from llmq.grids.vq import MAX_ENTRY, VectorWeight
 from llmq.types import QuantizedWeight, QuantSpec
 
 
 class Stream(NamedTuple):
     """A weight of N outputs and K inputs in G groups of neighbouring columns."""
 
-    words: Tensor  # int32 [N, K·bits/32, rounded up], codes as `llmq.formats.bits` packs them
+    words: Tensor  # int32 [N, K·bits/32, rounded up], codes as `llmq.formats.bits` packs them; of vectors P·code bits
     scales: Tensor  # [N, G], of a float dtype that holds them exactly
-    zeros: Tensor | None  # uint8 [N, G], at 8 bits int16; None: all are the middle code
+    zeros: Tensor | None  # uint8 [N, G], at 8 bits int16; None: all are the one that the grid has
+    levels: Tensor | None = None  # float16 [N, G, 2^bits] of a grid that learns them; all scales are 1
+    # or, of a grid of vectors, the codebook, int8 [2^code bits, d]
 
 
 def of(weight: QuantizedWeight, bits: int, *, symmetric: bool) -> Stream:
-    """Return the stream of a weight whose zeros, if `symmetric`, are all the middle code."""
+    """Return the stream of a weight whose zeros, if `symmetric`, are all the same."""
+    if isinstance(weight, VectorWeight):
+        words = bitstream.pack(weight.codes, bits * weight.codebook.shape[1])
+        return Stream(words, exact(weight.scales), None, weight.codebook.to(torch.int8))
     zeros = None if symmetric else weight.zeros.to(_zero_dtype(bits))
-    return Stream(bitstream.pack(weight.codes, bits), exact(weight.scales), zeros)
+    levels = None if weight.levels is None else weight.levels.half()
+    return Stream(bitstream.pack(weight.codes, bits), exact(weight.scales), zeros, levels)
 
 
 def exact(scales: Tensor) -> Tensor:
@@ -116,10 +124,25 @@ def _compressed_padded(tensors: Mapping[str, Tensor], spec: QuantSpec, k: int) -
 
 def _own(tensors: Mapping[str, Tensor], spec: QuantSpec, k: int) -> Stream | None:
     zeros = tensors.get("zeros")
-    if "permutation" in tensors or (zeros is not None and bool(((zeros < 0) | (zeros > 2**spec.bits)).any())):
+    if "permutation" in tensors:
+        return None
+    words = llmq_layout.words(tensors["codes"])
+    if make_grid(spec.grid, spec.bits, spec.symmetric).learns:
+        levels = llmq_layout.learned_levels(tensors).half()
+        return Stream(words, torch.ones_like(tensors["scales"], dtype=torch.float16), None, levels)
+    lowest, highest = llmq_layout.zero_range(spec)
+    if zeros is not None and bool(((zeros < lowest) | (zeros > highest)).any()):
+        return None
+    tables = make_grid(spec.grid, spec.bits, spec.symmetric).tables
+    if tables is not None and not bool((tensors["levels"].cpu() == tables).all()):
         return None
     found = None if zeros is None else zeros.contiguous()
-    return Stream(llmq_layout.words(tensors["codes"]), tensors["scales"].contiguous(), found)
+    if "codebook" in tensors:
+        if bool((tensors["codebook"] < -MAX_ENTRY).any()):
+            return None
+        return Stream(words, tensors["scales"].contiguous(), None, tensors["codebook"].contiguous())
+    scales = float_scales.unpack(tensors, spec)
+    return Stream(words, scales if spec.scale_dtype in SCALE_DTYPES else exact(scales), found)
 
 
 def _zero_dtype(bits: int) -> torch.dtype:

@@ -11,8 +11,7 @@ follow, with A = max|w|:
   entries are no exception here (there, all above 7/15 A is lost at 4 bits). A and -A are half a step off the levels.
 - *restricted*: ``scale = A / (P - 1)``, code 0 unused: A and -A are both levels, and int8 dot products cannot overflow.
 
-Scales carry eight significant bits, so that float16 (what files store) and bfloat16 (what some engines convert it
-to on loading) both hold them exactly: every engine multiplies by the very scale the codes were chosen with.
+Scales carry eight significant bits (`llmq.grids.scales`).
 """
 
 from __future__ import annotations
@@ -23,18 +22,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from llmq.errors import SolverError, SpecError
+from llmq.errors import SpecError
+from llmq.grids.scales import half_precision
 from llmq.types import Affine
-
-# The range in which every bfloat16 value is also a float16 value. Below 2^-17 float16's fixed subnormal step of
-# 2^-24 is coarser than eight significant bits; above 65280 (0x477F) the next bfloat16 is float16's infinity.
-MIN_SCALE = 2.0**-17
-MAX_SCALE = 65280.0
 
 SymRange = Literal["full", "gptq", "restricted"]
 
-_SHRINK = 0.02  # of the span, per step of the search
-_SHRINK_STEPS = 35
+SPANS = tuple(1 - 0.02 * step for step in range(35))  # of a group's extremes, that a search tries
 _CHUNK = 2**16  # weights that are searched together: three buffers of them stay in a core's cache
 
 
@@ -73,15 +67,15 @@ class UniformGrid:
         lo, hi = torch.aminmax(w, dim=1)
         if weight is None:
             return self._span(lo[:, None], hi[:, None])
-        spans = torch.tensor([1 - _SHRINK * step for step in range(_SHRINK_STEPS)], device=w.device)[:, None]
+        spans = torch.tensor(SPANS, device=w.device)[:, None]
         tried = self._span(lo * spans, hi * spans)  # [spans, N]
         rows = max(1, _CHUNK // w.shape[1])
         errors = [
-            self._errors(part, Affine(*(t[:, start : start + rows] for t in tried)), weight, norm)
+            self._errors(part, _columns(tried, slice(start, start + rows)), weight, norm)
             for start, part in zip(range(0, len(w), rows), w.split(rows), strict=True)
         ]
         best = torch.cat(errors, dim=1).argmin(dim=0, keepdim=True)  # the first, hence widest, of equals
-        return Affine(*(t.gather(0, best).T for t in tried))
+        return Affine(tried.scale.gather(0, best).T, tried.zero.gather(0, best).T)
 
     def _errors(self, w: Tensor, tried: Affine, weight: Tensor, norm: float) -> Tensor:
         """Return the weighted errors [spans, N] of `w` [N, S] under each of the placements `tried` [spans, N]."""
@@ -101,12 +95,42 @@ class UniformGrid:
             half = 2 ** (self.bits - 1)
             # ties take the negative extreme, hence a positive scale
             extreme = torch.where(-lo >= hi, lo, hi)
-            steps = {"full": -half, "gptq": (2**self.bits - 1) / 2, "restricted": half - 1}[self.sym_range]
-            scale = (extreme if self.sym_range == "full" else extreme.abs()) / steps
+            scale = (extreme if self.sym_range == "full" else extreme.abs()) / self.steps
             return Affine(self.storable(scale), torch.full_like(extreme, half))
-        lo, hi, top = lo.clamp(max=0), hi.clamp(min=0), 2**self.bits - 1
-        scale = self.storable((hi - lo) / top)
-        return Affine(scale, torch.round(-lo / scale).clamp_(0, top))
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        scale = self.storable((hi - lo) / self.steps)
+        return Affine(scale, torch.round(-lo / scale).clamp_(0, 2**self.bits - 1))
+
+    @property
+    def steps(self) -> float:
+        """How many scales the span is; negative: a symmetric scale has the opposite sign of the extreme."""
+        half, top = 2.0 ** (self.bits - 1), 2.0**self.bits - 1
+        return {"full": -half, "gptq": top / 2, "restricted": half - 1}[self.sym_range] if self.symmetric else top
+
+    @property
+    def name(self) -> str:
+        """Its row in `llmq.grids.GRIDS`."""
+        return "uniform"
+
+    @property
+    def zeros(self) -> tuple[int, int]:
+        """The lowest and the highest zero."""
+        half = 2 ** (self.bits - 1)
+        return (half, half) if self.symmetric else (0, 2**self.bits - 1)
+
+    @property
+    def tables(self) -> None:
+        """No table: levels are computed."""
+        return
+
+    @property
+    def learns(self) -> bool:
+        """No levels are learned."""
+        return False
+
+    def adapted(self, w: Tensor) -> UniformGrid:
+        """Return itself: groups know nothing of each other."""
+        return self
 
     @property
     def lowest(self) -> int:
@@ -132,12 +156,9 @@ class UniformGrid:
         Raises:
             SolverError: a scale beyond what float16 holds.
         """
-        rounded = scale.bfloat16().float()
-        if not (rounded.abs() <= MAX_SCALE).all():
-            raise SolverError(
-                f"scale {scale.abs().max().item():g} does not fit float16 (largest {MAX_SCALE:g}), the dtype that "
-                "packed files store; rescale the weight or leave the layer out with --ignore"
-            )
-        floor = torch.where(scale < 0, -MIN_SCALE, MIN_SCALE)
-        rounded = torch.where(rounded.abs() < MIN_SCALE, floor, rounded)
-        return torch.where(scale == 0, torch.ones_like(scale), rounded)
+        return half_precision(scale)
+
+
+def _columns(tried: Affine, rows: slice) -> Affine:
+    """Return placements [spans, N] of some rows."""
+    return Affine(tried.scale[:, rows], tried.zero[:, rows])

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from llmq.families import Linear
+from llmq.grids.vq import VectorGrid
 from llmq.hessian import HessianSum
 from llmq.layers import solve_stage
 from llmq.planning.counting import CACHE, Amounts, Counting, Held, Work, side
 from llmq.preflight import Job
 from llmq.problems import Problem
+from llmq.solvers.placing import nearest
+from llmq.solvers.vectors import vector_rtn
 from llmq.types import QuantizedWeight
 
 _SIZES = ((32, 128), (64, 128), (32, 192))  # rows and inputs of the problems that are counted
@@ -84,13 +87,15 @@ def packing_growth(job: Job) -> Growth:
     def case(n: int, k: int) -> Callable[[], None]:
         w = torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(job.stored_dtype)
         columns = job.spec.group_columns(k)
-        groups = -(-k // columns)
-        zeros = torch.full((n, groups), 2.0 ** (job.spec.bits - 1))
-        q = QuantizedWeight(torch.zeros(n, k, dtype=torch.uint8), torch.ones(n, groups), zeros, job.grid, columns)
+        vectors = isinstance(job.grid, VectorGrid)
+        if isinstance(job.grid, VectorGrid):
+            q: QuantizedWeight = vector_rtn(w, None, job.grid, columns).weight
+        else:
+            q = nearest(job.grid, columns, w.float(), [job.grid.fit(part) for part in w.split(columns, dim=1)])
 
         def run() -> None:
             w.isfinite().all()
-            for part in w.split(columns, dim=1):
+            for part in () if vectors else w.split(columns, dim=1):
                 job.grid.fit(part)
             job.format.pack(q, job.spec)
 
@@ -123,7 +128,8 @@ def held(job: Job, shapes: Sequence[tuple[int, int]], tokens: float, *, judged: 
     small_k = max(1, round(k * scale))
     small = [(max(1, round(n * scale)), small_k) for n, _ in shapes]
     columns = max(job.spec.group_columns(k) * scale, small_k / _GROUPS)
-    spec = replace(job.spec, group_size=max(1, round(columns)))
+    unit = job.grid.columns if isinstance(job.grid, VectorGrid) else 1
+    spec = replace(job.spec, group_size=max(1, round(columns / unit)) * unit)
     rows = job.budget.solver_rows
     budget = replace(job.budget, solver_rows=None if rows is None else max(1, round(rows * scale)))
     tiny = replace(job, spec=spec, budget=budget)

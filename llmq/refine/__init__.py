@@ -9,19 +9,21 @@ gradient of the loss from one to the next, so that none has to multiply by H wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from llmq.descent import State, begin, complete, descent, take
+from llmq.refine.relevel import relevel
 from llmq.refine.rescale import rescale
 from llmq.types import QuantizedWeight
+from llmq.weights import select_rows, stacked
 
 Refiner = Callable[[State], State]
 
 REFINERS: dict[str, Refiner] = {
     "rescale": rescale,
+    "relevel": relevel,
     "descent": descent,
 }
 
@@ -43,7 +45,7 @@ def refine(q: QuantizedWeight, w: Tensor, h: Tensor, rounds: int) -> QuantizedWe
     rows = torch.arange(len(w), device=w.device)
     finished: list[tuple[Tensor, QuantizedWeight]] = []
     for _ in range(rounds):
-        before = state.values, state.scales, state.zeros
+        before = _placed(state)
         for refiner in REFINERS.values():
             state = refiner(complete(state))
         moving = _moved(before, state)
@@ -56,13 +58,16 @@ def refine(q: QuantizedWeight, w: Tensor, h: Tensor, rounds: int) -> QuantizedWe
                 break
     finished.append((rows, state.weight()))
     order = torch.cat([part for part, _ in finished]).argsort()
-    codes, scales, zeros = (
-        torch.cat([getattr(part, name) for _, part in finished])[order] for name in ("codes", "scales", "zeros")
-    )
-    return replace(q, codes=codes, scales=scales, zeros=zeros)
+    return select_rows(stacked([part for _, part in finished]), order)
 
 
-def _moved(before: tuple[Tensor, ...], after: State) -> Tensor:
-    """Return in which rows values, scales or zeros differ, bool [N]."""
-    pairs = zip(before, (after.values, after.scales, after.zeros), strict=True)
+def _placed(state: State) -> list[Tensor]:
+    """Return values and all that places them, [·, N] each."""
+    learned = [] if state.levels is None else [state.levels.transpose(1, 2).flatten(0, 1)]
+    return [state.values, state.scales, state.zeros, *learned]
+
+
+def _moved(before: list[Tensor], after: State) -> Tensor:
+    """Return in which rows something of `_placed` differs, bool [N]."""
+    pairs = zip(before, _placed(after), strict=True)
     return torch.stack([(a != b).any(dim=0) for a, b in pairs]).any(dim=0)

@@ -30,9 +30,11 @@ _ENTRIES = 2**21  # of all candidates of one piece of rows; bounds the memory of
 def rescale(state: State) -> State:
     """Return the complete `state` with the placements and codes of its groups improved, each row for itself.
 
-    Zeros move on asymmetric grids only. The grid must be linear in its scales. Groups of which no input ever occurs
-    stay.
+    Zeros move on asymmetric grids only. A grid that learns its levels has no scale to move. Groups of which no input
+    ever occurs stay.
     """
+    if state.grid.learns:
+        return state
     return sweep(state, [columns for columns, _ in state.groups()], _improve)
 
 
@@ -67,7 +69,7 @@ def _placements(grid: Grid, at: Affine) -> Affine:
     """Return the placements to try for rows at `at` [N], [C, N]."""
     tried = [(factor, move) for factor, move in _TRIED if not (grid.symmetric and move)]
     scales = torch.stack([at.scale * factor for factor, _ in tried]).clamp(-_LARGEST, _LARGEST)
-    zeros = torch.stack([at.zero + move for _, move in tried]).clamp(0, 2**grid.bits - 1)
+    zeros = torch.stack([at.zero + move for _, move in tried]).clamp(*grid.zeros)
     return Affine(grid.storable(scales), zeros)
 
 
@@ -99,7 +101,7 @@ def _taken(
     """Return `found` at `placed` for the rows whose loss that lowers, `old` at `at` for the others."""
     change = found - old
     better = (change * torch.addmm(gradient, h, change, alpha=1, beta=-2)).sum(dim=0, dtype=torch.float64) < 0
-    scale, zero = (torch.where(better, new, was) for new, was in zip(placed, at, strict=True))
+    scale, zero = torch.where(better, placed.scale, at.scale), torch.where(better, placed.zero, at.zero)
     return torch.where(better, found, old), Affine(scale, zero)
 
 

@@ -6,8 +6,6 @@ H, which also makes it the last resort of the solvers that do.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from llmq.report import DESCENDED, ROUNDED
 from llmq.solvers.placing import Place, floored, nearest, place_all, placer
 from llmq.solvers.rtn import rtn
 from llmq.types import Grid, QuantizedWeight, Solution
+from llmq.weights import chosen
 
 _SWEEPS = 8  # at most; four bring all but the last percent of the gain
 
@@ -63,9 +62,8 @@ def without_factor(w: Tensor, h: Tensor, grid: Grid, group_size: int, place: Pla
     start = _start(w, h, grid, group_size, place)
     found = _passes(start, w, h)
     error = w - found.dequantize()
-    possible = ((error @ h) * error).sum(dim=1, keepdim=True) >= 0
-    weight = replace(found, codes=torch.where(possible, found.codes, start.codes))
-    return Solution(weight, 0.0, (DESCENDED,))
+    possible = ((error @ h) * error).sum(dim=1) >= 0
+    return Solution(chosen(possible, found, start), 0.0, (DESCENDED,))
 
 
 def _start(w: Tensor, h: Tensor, grid: Grid, group_size: int, place: Place) -> QuantizedWeight:

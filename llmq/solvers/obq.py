@@ -53,6 +53,8 @@ def obq(
         SolverError: more than 2048 columns, `h` holds NaN or infinity, or an option has no such value.
     """
     k = w.shape[1]
+    if grid.learns or grid.tables is not None:
+        raise SolverError(f"obq knows equally spaced levels only, not the {grid.name} grid; use --method gptq")
     if k > _LARGEST:
         raise SolverError(
             f"obq takes K³ steps per row and is limited to {_LARGEST} inputs; this layer has {k}: use --method gptq"
@@ -64,7 +66,7 @@ def obq(
     h, w = symmetric(h), w.float()
     placements = place_all(place, w, floored(h.diagonal()), group_size)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(h, factor.damp_percent, torch.float64)))
-    scales, zeros = (torch.cat(parts, dim=1) for parts in zip(*placements, strict=True))
+    scales, zeros = torch.cat([at.scale for at in placements], dim=1), torch.cat([at.zero for at in placements], dim=1)
     at = Affine(*(t.repeat_interleave(group_size, dim=1)[:, :k] for t in (scales, zeros)))
     rows = max(1, _MEMORY // (8 * k * k))
     parts = zip(w.double().split(rows), at.scale.split(rows), at.zero.split(rows), strict=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from llmq.types import Grid, QuantizedWeight, Solution
+from llmq.solvers.placing import nearest
+from llmq.types import Grid, Solution
 
 
 def rtn(w: Tensor, h: Tensor | None, grid: Grid, group_size: int) -> Solution:
@@ -18,10 +18,6 @@ def rtn(w: Tensor, h: Tensor | None, grid: Grid, group_size: int) -> Solution:
         group_size: columns per group; a short last group is legal.
     """
     del h
-    codes, placements = [], []
-    for columns in w.float().split(group_size, dim=1):
-        at = grid.fit(columns)
-        codes.append(grid.encode(columns, at))
-        placements.append(at)
-    scales, zeros = (torch.cat(parts, dim=1) for parts in zip(*placements, strict=True))
-    return Solution(QuantizedWeight(torch.cat(codes, dim=1), scales, zeros, grid, group_size), damp_percent=0.0)
+    w = w.float()
+    placements = [grid.fit(columns) for columns in w.split(group_size, dim=1)]
+    return Solution(nearest(grid, group_size, w, placements), damp_percent=0.0)

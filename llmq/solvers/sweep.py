@@ -49,6 +49,7 @@ class _Sweep:
     placed: bool  # whether all groups are placed beforehand
     scales: Tensor  # [G, N]
     zeros: Tensor  # [G, N]
+    levels: Tensor | None  # [G, N, L], of a grid that learns them
     steps: list[tuple[Tensor, Tensor, Tensor]]  # per group: scale, lowest and highest level in steps, [N] each
     leaf: int  # columns that are rounded without a matrix product in between
     fused: bool  # whether one kernel rounds the columns of a leaf
@@ -83,7 +84,9 @@ def sweep(
     codes = torch.empty_like(run.codes)
     codes[visit] = run.codes
     codes, scales, zeros = (t.T.contiguous() for t in (codes, run.scales, run.zeros))
-    return Solution(QuantizedWeight(codes, scales, zeros, grid, group_size), factor.damp_percent, factor.remedies)
+    levels = None if run.levels is None else run.levels.transpose(0, 1).contiguous()
+    weight = QuantizedWeight(codes, scales, zeros, grid, group_size, levels)
+    return Solution(weight, factor.damp_percent, factor.remedies)
 
 
 def _permuted(h: Tensor, visit: Tensor) -> Tensor:
@@ -106,7 +109,8 @@ def _start(
     n, k = w.shape
     fused = drift is None and runs_on(w.device, grid)
     columns, group_of = w.index_select(1, visit).T.contiguous(), visit // group_size
-    scales, zeros, low, high = torch.empty(4, -(-k // group_size), n, device=w.device)
+    groups = -(-k // group_size)
+    scales, zeros, low, high = torch.empty(4, groups, n, device=w.device)
     run = _Sweep(
         grid=grid,
         place=place,
@@ -123,6 +127,7 @@ def _start(
         placed=not whole_groups,
         scales=scales,
         zeros=zeros,
+        levels=torch.empty(groups, n, 2**grid.bits, device=w.device) if grid.learns else None,
         steps=list(zip(scales, low, high, strict=True)),
         leaf=MAX_COLUMNS if fused else _LEAF,
         fused=fused,
@@ -138,10 +143,18 @@ def _start(
 def _enter(run: _Sweep, group: int, at: Affine) -> None:
     """Set the placement of a group."""
     run.scales[group], run.zeros[group] = at.scale[:, 0], at.zero[:, 0]
+    if run.levels is not None and at.levels is not None:
+        run.levels[group] = at.levels[:, 0]
     if isinstance(run.grid, UniformGrid):
         _, low, high = run.steps[group]
         torch.sub(run.grid.lowest, run.zeros[group], out=low)
         torch.sub(2**run.grid.bits - 1, run.zeros[group], out=high)
+
+
+def _placement(run: _Sweep, group: int) -> Affine:
+    """Return the placement that `_enter` has set."""
+    levels = None if run.levels is None else run.levels[group, :, None]
+    return Affine(run.scales[group, :, None], run.zeros[group, :, None], levels)
 
 
 def _pull(r: Tensor, drift: Tensor) -> Tensor:
@@ -219,7 +232,7 @@ def _leaf(run: _Sweep, lo: int, hi: int) -> None:
             torch.clamp(y.div_(scale).round_(), low, high, out=y)
             torch.addcmul(w, y, scale, value=-1, out=error)
         else:
-            at = Affine(run.scales[groups[i], :, None], run.zeros[groups[i], :, None])
+            at = _placement(run, groups[i])
             codes = run.grid.encode(y[:, None], at)
             run.codes[lo + i] = codes[:, 0]
             torch.sub(w, run.grid.decode(codes, at)[:, 0], out=error)

@@ -84,7 +84,7 @@ def test_option_that_cannot_be(
         ("", ("holds NoneType",)),
         ("\0", ("cannot be read",)),
         ("bits: four", ("bits", "integer", "'four'")),
-        ("beats: 4", ("beats", "fields are method, bits")),
+        ("beats: 4", ("beats", "fields are method, grid, bits")),
         ("4: bits", ("4",)),
         ("max_fallback: 2", ("max_fallback", "less than or equal to 1")),
         ("ignore: ['(']", ("ignore", "regular expression")),

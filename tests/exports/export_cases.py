@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from llmq.checkpoint import CheckpointReader
 from llmq.grids.uniform import UniformGrid
+from llmq.solvers.rtn import rtn
 from llmq.types import Affine, QuantizedWeight, QuantSpec
 
 VOCABULARY = 320
@@ -68,11 +69,7 @@ class Packed(CheckpointReader):
 def quantize(w: Tensor, bits: int, group_size: int, *, symmetric: bool = True) -> QuantizedWeight:
     """Return the weight `w` [N, K] rounded to the nearest levels."""
     grid = UniformGrid(bits, symmetric)
-    parts = w.float().split(group_size, dim=1)
-    placed = [grid.fit(part) for part in parts]
-    codes = torch.cat([grid.encode(part, at) for part, at in zip(parts, placed, strict=True)], dim=1)
-    scales, zeros = (torch.cat(columns, dim=1) for columns in zip(*placed, strict=True))
-    return QuantizedWeight(codes, scales, zeros, grid, group_size)
+    return rtn(w, None, grid, group_size).weight
 
 
 def random_weight(

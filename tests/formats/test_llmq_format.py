@@ -148,7 +148,7 @@ def test_zeros_and_symmetry_have_to_agree() -> None:
     tensors = FORMATS["llmq"].pack(weight, spec_of(4, 4))
     with pytest.raises(CheckpointError, match=r"zeros is there, but config\.json says symmetric"):
         FORMATS["llmq"].unpack(tensors, spec_of(4, 4, symmetric=True))
-    with pytest.raises(CheckpointError, match="zeros are 0 to 17; codes of 4 bits have 0 to 16"):
+    with pytest.raises(CheckpointError, match="zeros are 0 to 17; uniform codes of 4 bits have 0 to 16"):
         FORMATS["llmq"].unpack(tensors | {"zeros": torch.tensor([[0, 17]] * 3, dtype=torch.uint8)}, spec_of(4, 4))
     eight = FORMATS["llmq"].pack(random_weight(spec_of(8, 4), 3, 8), spec_of(8, 4))
     with pytest.raises(CheckpointError, match="zeros are -1 to 0"):
@@ -177,7 +177,9 @@ def test_several_schemes_are_read_as_they_were_written() -> None:
     [
         ({"version": 2}, {}, "version is 2, this llmq reads up to 1; this folder needs a newer llmq"),
         ({"rotation": "hadamard"}, {}, "'rotation' is unknown to this llmq; this folder needs a newer llmq"),
-        ({}, {"grid": "codebook"}, "grid is 'codebook', this llmq reads uniform; this folder needs a newer llmq"),
+        ({}, {"grid": "spiral"}, "grid is 'spiral', this llmq reads"),
+        ({}, {"grid": "nf4", "symmetric": False}, "symmetric is False, the nf4 grid is not"),
+        ({}, {"grid": "nf4", "bits": 3}, "bits is 3; llmq reads 4 of the nf4 grid"),
         ({}, {"levels": "row"}, "schemes: 'levels' is unknown to this llmq; this folder needs a newer llmq"),
         ({"version": None}, {}, "version is None; llmq reads 1"),
         ({"version": 0}, {}, "version is 0; llmq reads 1"),
@@ -186,7 +188,7 @@ def test_several_schemes_are_read_as_they_were_written() -> None:
         ({"schemes": []}, {}, "schemes is []; llmq reads a list of objects"),
         ({"schemes": [3]}, {}, "schemes is [3]"),
         ({}, {"grid": None}, "has no grid"),
-        ({}, {"bits": 1}, "bits is 1; llmq reads 2 to 8"),
+        ({}, {"bits": 1}, "bits is 1; llmq reads 2, 3, 4, 5, 6, 7, 8 of the uniform grid"),
         ({}, {"bits": None}, "bits is None"),
         ({}, {"group_size": None}, "has no group_size"),
         ({}, {"group_size": 0}, "group_size is 0"),
@@ -222,5 +224,5 @@ def test_notes_on_how_it_was_made_do_not_matter() -> None:
 
 def test_zeros_are_whole() -> None:
     for zeros in ([[0.5, 1.0]], [[-1.0, 1.0]], [[17.0, 1.0]]):
-        with pytest.raises(SpecError, match="stores whole numbers from 0 to 16 at 4 bits"):
+        with pytest.raises(SpecError, match="stores whole numbers from 0 to 16 of the uniform grid at 4 bits"):
             FORMATS["llmq"].pack(weight_of([[0, 1, 2, 3]], 4, zeros, 2), spec_of())

@@ -1,40 +1,29 @@
 """Laws that every grid obeys, and what the uniform one promises beyond them."""
 
-from typing import Any
-
 import pytest
 import torch
+from grid_cases import FITTED, every_grid, groups, uniform, used
 from grid_reference import eight_bits
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from llmq.errors import SolverError, SpecError
-from llmq.grids import GRIDS
-from llmq.grids.uniform import MAX_SCALE, MIN_SCALE, UniformGrid
-from llmq.types import Grid
+from llmq.grids import GRIDS, make_grid
+from llmq.grids.scales import MAX_SCALE, MIN_SCALE
+from llmq.grids.uniform import UniformGrid
+from llmq.types import Affine, Grid
 
-ALL = {
-    f"{name}-{bits}-{'sym' if symmetric else 'asym'}": make(bits, symmetric)
-    for name, make in GRIDS.items()
-    for bits in range(2, 9)
-    for symmetric in (True, False)
+few = settings(max_examples=4)
+
+# How far a constant group may be from coming back, by its value: half a step of the scale, where the scale is not of
+# eight bits as it is, and a level beside it. Those not named have the value as a level and a scale of its digits.
+MISSES = {
+    "log": 2 ** (1 / 32) - 1 + 2.0**-8,  # clips are powers of 2^(1/16), rounded to eight bits
+    "fp4": 2.0**-8,  # the scale is a sixth of it
+    "mxfp4": 0.25,  # seven and more scales are clipped to six, five become four
+    "nvfp4": 2.0**-4,  # a sixth, to four bits
 }
-every_grid = pytest.mark.parametrize("grid", ALL.values(), ids=ALL.keys())
-few = settings(max_examples=25)
-
-
-def uniform(bits: tuple[int, ...] = tuple(range(2, 9)), symmetric: tuple[bool, ...] = (True, False)) -> Any:
-    """Return the mark that runs a test on these uniform grids."""
-    grids = [UniformGrid(b, s) for b in bits for s in symmetric]
-    return pytest.mark.parametrize("grid", grids, ids=lambda g: f"{g.bits}-{'sym' if g.symmetric else 'asym'}")
-
-
-def groups(low: float = -1.0, high: float = 1.0) -> st.SearchStrategy[Tensor]:
-    """Return a strategy for one group [1, S] whose magnitude spans twelve decades."""
-    unit = st.lists(st.floats(low, high, width=32), min_size=1, max_size=12)
-    magnitude = st.sampled_from([1e-8, 1e-6, 1e-4, 1e-2, 1.0, 30.0, 1e4])
-    return st.tuples(unit, magnitude).map(lambda t: torch.tensor([t[0]], dtype=torch.float32) * t[1])
 
 
 def round_trip(grid: Grid, w: Tensor) -> Tensor:
@@ -48,6 +37,7 @@ def round_trip(grid: Grid, w: Tensor) -> Tensor:
 def test_rounding_twice_is_rounding_once(grid: Grid, w: Tensor) -> None:
     at = grid.fit(w)
     codes = grid.encode(w, at)
+    assert codes.dtype == torch.uint8
     assert torch.equal(grid.encode(grid.decode(codes, at), at), codes)
 
 
@@ -56,8 +46,19 @@ def test_rounding_twice_is_rounding_once(grid: Grid, w: Tensor) -> None:
 @given(w=groups())
 def test_every_code_survives_decoding_and_encoding(grid: Grid, w: Tensor) -> None:
     at = grid.fit(w)
-    codes = torch.arange(2**grid.bits, dtype=torch.uint8)[None]
+    codes = used(grid, at)
     assert torch.equal(grid.encode(grid.decode(codes, at), at), codes)
+
+
+@every_grid
+@few
+@given(w=groups())
+def test_codes_that_stand_for_nothing_repeat_the_last_level(grid: Grid, w: Tensor) -> None:
+    at = grid.fit(w)
+    last = used(grid, at).max()
+    rest = torch.arange(int(last), 2**grid.bits, dtype=torch.uint8)[None]
+    assert (grid.decode(rest, at) == grid.decode(last[None, None], at)).all()
+    assert grid.encode(w, at).max() <= last
 
 
 @every_grid
@@ -65,12 +66,20 @@ def test_every_code_survives_decoding_and_encoding(grid: Grid, w: Tensor) -> Non
 @given(w=groups())
 def test_encode_finds_the_nearest_level(grid: Grid, w: Tensor) -> None:
     at = grid.fit(w)
-    levels = grid.decode(torch.arange(2**grid.bits, dtype=torch.uint8)[None], at).double()
+    levels = grid.decode(used(grid, at), at).double()
     chosen = grid.decode(grid.encode(w, at), at).double()
     nearest = (w.double().T - levels).abs().amin(1)
-    # The only inexact step is the float32 quotient, by half a unit in its last place: near a tie, w may go to a
-    # level that is farther by twice 2^-24 |w|.
-    assert ((w - chosen).abs()[0] <= nearest + 2.0**-23 * w.abs()[0].double()).all()
+    # In float32 are rounded the quotient, the bound between two levels of a table, and the levels themselves, each by
+    # half a unit in its last place: near a tie, w may go to a level that is farther by twice the sum, 4 · 2^-24 |w|.
+    assert ((w - chosen).abs()[0] <= nearest + 2.0**-22 * w.abs()[0].double()).all()
+
+
+@every_grid
+@few
+@given(w=groups())
+def test_larger_weights_have_no_smaller_levels(grid: Grid, w: Tensor) -> None:
+    at = grid.fit(w)
+    assert (grid.nearest(w.sort(dim=1).values, at).diff(dim=1) >= 0).all()
 
 
 @every_grid
@@ -78,11 +87,11 @@ def test_encode_finds_the_nearest_level(grid: Grid, w: Tensor) -> None:
 @given(w=groups())
 def test_zero_is_a_level(grid: Grid, w: Tensor) -> None:
     at = grid.fit(w)
-    zero = torch.zeros(1, 1)
-    assert grid.decode(grid.encode(zero, at), at).item() == 0.0
+    if grid.name not in ("binary", "residual_binary"):
+        assert grid.nearest(torch.zeros(1, 1), at).item() == 0.0
     assert at.zero.item() == int(at.zero.item())
-    assert 0 <= at.zero.item() <= 2**grid.bits - 1
-    assert not grid.symmetric or at.zero.item() == 2 ** (grid.bits - 1)
+    assert grid.zeros[0] <= at.zero.item() <= grid.zeros[1]
+    assert not grid.symmetric or grid.zeros[0] == grid.zeros[1]
 
 
 @every_grid
@@ -95,21 +104,37 @@ def test_scales_are_exact_in_float16_and_bfloat16(grid: Grid, w: Tensor) -> None
     assert scale.item() != 0
     assert torch.equal(scale.half().float(), scale)
     assert torch.equal(scale.bfloat16().float(), scale)
+    assert torch.equal(grid.storable(scale), scale)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_scales_are_exact_in_the_dtype_of_the_file(name: str) -> None:
+    row = GRIDS[name]
+    w = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    for bits in row.bits:
+        grid = make_grid(name, bits, row.symmetric[0]).adapted(w)
+        unit = getattr(getattr(grid, "rule", None), "unit", 1.0)
+        scale = grid.fit(w, torch.ones(32)).scale / unit
+        assert torch.equal(scale.to(row.scale_dtype).float(), scale)
 
 
 @every_grid
 def test_a_group_of_zeros_stays_zero(grid: Grid) -> None:
     w = torch.tensor([[0.0, 0.0, -0.0], [1.0, -2.0, 0.5]])
+    if grid.name == "binary":  # the smallest that there is
+        assert (round_trip(grid, w)[0] == MIN_SCALE).all()
+        return
     assert not round_trip(grid, w)[0].any()
     assert grid.fit(w).scale[0].item() == 1.0
 
 
 @every_grid
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.375, -80.0], ids=str)
-def test_constant_groups_come_back_exactly(grid: Grid, value: float) -> None:
-    # value / 2^(bits-1) has as few digits as value; value / (2^bits - 1) does not, and its rounding moves all by 2^-8
+def test_constant_groups_come_back(grid: Grid, value: float) -> None:
+    # uniform: value / 2^(bits-1) has as few digits as value; value / (2^bits - 1) does not, and moves all by 2^-8
+    missed = 2.0**-8 if grid.name == "uniform" and not grid.symmetric else MISSES.get(grid.name, 0.0)
     found = round_trip(grid, torch.full((1, 4), value))
-    torch.testing.assert_close(found, torch.full((1, 4), value), rtol=0 if grid.symmetric else 2.0**-8, atol=0)
+    torch.testing.assert_close(found, torch.full((1, 4), value), rtol=missed, atol=0)
 
 
 @every_grid
@@ -126,16 +151,40 @@ def test_half_precision_weights_are_treated_as_their_float32_values(grid: Grid) 
 
 
 @every_grid
+def test_the_nearest_level_is_that_of_the_code_whatever_the_shapes(grid: Grid) -> None:
+    w = 2 * torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
+    at = grid.fit(w[:, ::2])
+    expected, kept = grid.decode(grid.encode(w, at), at), w.clone()
+    assert torch.equal(grid.nearest(w, at), expected)
+    assert torch.equal(w, kept)
+    rows = Affine(at.scale[:, 0], at.zero[:, 0])
+    assert torch.equal(grid.nearest(w[:, 3], rows), expected[:, 3])
+    assert torch.equal(grid.nearest(w.T, rows), expected.T)
+    assert torch.equal(grid.nearest(w[:, :1], at), expected[:, :1])
+
+
+@every_grid
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_weights_that_are_not_finite_are_refused(grid: Grid, bad: float) -> None:
-    with pytest.raises(SolverError):
-        grid.fit(torch.tensor([[0.5, 1.0], [bad, 1.0]]))
+    w = torch.tensor([[0.5, 1.0], [bad, 1.0]])
+    for placed in (lambda: grid.adapted(w).fit(w), lambda: grid.fit(w, torch.ones(2))):
+        with pytest.raises(SolverError):
+            placed()
 
 
 @every_grid
 def test_scales_beyond_float16_are_refused(grid: Grid) -> None:
-    with pytest.raises(SolverError, match="float16"):
-        grid.fit(torch.tensor([[-3e7, 1.0]]))
+    w = torch.tensor([[-3e7, 3e7 if grid.name in FITTED else 1.0]])
+    for placed in (lambda: grid.fit(w), lambda: grid.adapted(w).fit(w)):
+        with pytest.raises(SolverError, match="float16"):
+            placed()
+
+
+@every_grid
+def test_the_scale_of_the_largest_weights_is_storable(grid: Grid) -> None:
+    w = torch.tensor([[-3e4, 3e4]])
+    assert torch.equal(grid.storable(2 * grid.fit(w).scale), 2 * grid.fit(w).scale)
+    grid.fit(w, torch.ones(2))
 
 
 def error_bound(grid: UniformGrid, w: Tensor, scale: float) -> Tensor:

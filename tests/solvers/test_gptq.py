@@ -185,6 +185,8 @@ class Steps:
     step: float = 1.0
     bits: int = 8
     symmetric: bool = True
+    learns: bool = False
+    tables: None = None
     seen: list[Tensor] = field(default_factory=list)
 
     def fit(self, w: Tensor, weight: Tensor | None = None) -> Affine:
