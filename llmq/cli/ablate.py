@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from llmq.cli.models import DEVICE_HELP, load_model, load_tokenizer, parse_device, parse_dtype
 from llmq.cli.options import takes_recipe
-from llmq.cli.tables import facts, show_json, with_interval
-from llmq.errors import CheckpointError, LlmqError
-from llmq.recipe import Recipe, make_recipe
+from llmq.cli.tables import facts, show_json
+from llmq.cli.trials import Bench, Outcome, cell, kl_cell, outputs, result_table, run_all, setup, show_wide
+from llmq.recipe import Recipe
 from llmq.stages import STAGES, Variant, variants
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from llmq.calibration import Calibration
-    from llmq.report import Report
-    from llmq_eval.divergence import DivergenceResult
-    from llmq_eval.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -37,46 +28,7 @@ class _Row:
     """A variant of the recipe, and what came of it."""
 
     variant: Variant
-    report: Report | None = None
-    results: tuple[DivergenceResult, ...] = ()  # one per text
-    error: str | None = None
-
-    @property
-    def seconds(self) -> float | None:
-        """Time that quantizing took."""
-        return None if self.report is None else sum(self.report.seconds.values())
-
-    @property
-    def loss(self) -> float | None:
-        """Relative loss on the calibration tokens, mean over layers."""
-        return None if self.report is None else _mean([layer.relative_loss for layer in self.report.layers])
-
-    @property
-    def held_out_loss(self) -> float | None:
-        """The same on the tokens held out."""
-        return None if self.report is None else _mean([layer.held_out_loss for layer in self.report.layers])
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """What all variants have in common."""
-
-    source: Path
-    calibration: Calibration | None
-    texts: list[Windows]
-    original: PreTrainedModel
-    dtype: torch.dtype | None
-    device: torch.device
-
-    def measure(self, variant: Variant, folder: Path) -> _Row:
-        """Quantize into `folder` and compare the result with the original on all texts."""
-        from llmq.driver import quantize
-        from llmq_eval.divergence import divergence
-
-        recipe = make_recipe(variant.fields)
-        report = quantize(self.source, folder, recipe, calibration=self.calibration, device=self.device)
-        packed = load_model(folder, self.dtype, self.device)
-        return _Row(variant, report, tuple(divergence(self.original, packed, windows) for windows in self.texts))
+    outcome: Outcome
 
 
 @takes_recipe
@@ -116,34 +68,25 @@ def ablate_command(  # noqa: PLR0913  one parameter per option
     where = parse_device(device)
     dtype = parse_dtype(None, where)
     source = resolve(model)
-    with _outputs(keep) as folder:
+    with outputs(keep, "llmq-ablate-") as folder:
         tokenizer = load_tokenizer(source)
         protocols = [
             read_windows(path, tokenizer, seq_len=eval_seq_len, windows=windows, spread=spread) for path in text
         ]
         calibration = _calibration(recipe, tokenizer)
-        bench = _Bench(source, calibration, protocols, load_model(source, dtype, where), dtype, where)
-        rows = _run(bench, wanted, folder, keep is not None)
+        bench = Bench(source, protocols, load_model(source, dtype, where), dtype, where)
+        trials = [(variant.name, folder / variant.folder) for variant in wanted]
+
+        def measure(number: int) -> Outcome:
+            return bench.measure(wanted[number].fields, trials[number][1], calibration=calibration)
+
+        outcomes = run_all(trials, measure, keep=keep is not None, first_must=True)
+        rows = [_Row(*row) for row in zip(wanted, outcomes, strict=True)]
     if as_json:
         show_json(_content(bench, recipe, rows))
     else:
-        _show(facts([("model", model), *_setup(bench, rows[0])]), "", _table(bench, rows))
-
-
-@contextmanager
-def _outputs(keep: Path | None) -> Iterator[Path]:
-    """Yield the folder for all variants: `keep`, or a temporary one that is removed.
-
-    Raises:
-        CheckpointError: `keep` holds something.
-    """
-    if keep is None:
-        with tempfile.TemporaryDirectory(prefix="llmq-ablate-") as folder:
-            yield Path(folder)
-        return
-    if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
-        raise CheckpointError(f"--keep {keep}: is not an empty folder; choose another")
-    yield keep
+        described = setup(bench.texts, rows[0].outcome.results)
+        show_wide(facts([("model", model), *described]), "", _table(bench, rows))
 
 
 def _calibration(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Calibration | None:
@@ -156,45 +99,15 @@ def _calibration(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Calibrat
     return calibration_of(recipe, tokenizer)
 
 
-def _run(bench: _Bench, wanted: Sequence[Variant], folder: Path, keep: bool) -> list[_Row]:
-    """Return a row per variant; one that cannot be made says so, unless it is the first, the recipe itself."""
-    console, rows = Console(stderr=True, highlight=False), list[_Row]()
-    for number, variant in enumerate(wanted, 1):
-        console.print(f"{number} of {len(wanted)}  {variant.name}", soft_wrap=True)
-        start = time.perf_counter()
-        try:
-            row = bench.measure(variant, folder / variant.folder)
-        except Exception as error:  # whatever it is: hours of other rows are worth more than its traceback
-            if not rows:
-                raise
-            row = _Row(variant, error=_first_line(error))
-        rows.append(row)
-        outcome = row.error or f"KL {', '.join(f'{result.kl:.5f}' for result in row.results)}"
-        console.print(f"    {time.perf_counter() - start:.1f} s  {outcome}", soft_wrap=True)
-        if not keep:
-            shutil.rmtree(folder / variant.folder, ignore_errors=True)  # one at a time on the disk
-    return rows
-
-
-def _first_line(error: Exception) -> str:
-    """Return what `error` says, with its type in front where it was not raised on purpose."""
-    said = f"{error}" if isinstance(error, LlmqError) else f"{type(error).__name__}: {error}"
-    return said.strip().splitlines()[0]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def _ratio(row: _Row, base: _Row, text: int) -> float | None:
     """Return the KL of `row` over that of `base`; None where that is 0."""
-    return row.results[text].kl / base.results[text].kl if base.results[text].kl else None
+    before = base.outcome.results[text].kl
+    return row.outcome.results[text].kl / before if before else None
 
 
-def _content(bench: _Bench, recipe: Recipe, rows: Sequence[_Row]) -> dict[str, object]:
+def _content(bench: Bench, recipe: Recipe, rows: Sequence[_Row]) -> dict[str, object]:
     """Return everything for JSON."""
-    base = rows[0].report
+    base = rows[0].outcome.report
     assert base is not None, "a recipe that fails ends the command"
     return {
         "model": str(bench.source),
@@ -204,7 +117,7 @@ def _content(bench: _Bench, recipe: Recipe, rows: Sequence[_Row]) -> dict[str, o
         "dtype": "the checkpoint's own" if bench.dtype is None else str(bench.dtype).removeprefix("torch."),
         "device": str(bench.device),
         "versions": base.versions,
-        "original": [result.original.to_dict() for result in rows[0].results],
+        "original": [result.original.to_dict() for result in rows[0].outcome.results],
         "variants": [_row_content(row, rows[0]) for row in rows],
     }
 
@@ -214,60 +127,32 @@ def _row_content(row: _Row, base: _Row) -> dict[str, object]:
     return {
         "variant": row.variant.name,
         "changes": changes,
-        "error": row.error,
-        "relative_loss": row.loss,
-        "held_out_loss": row.held_out_loss,
-        "seconds": row.seconds,
+        "error": row.outcome.error,
+        "relative_loss": row.outcome.loss,
+        "held_out_loss": row.outcome.held_out_loss,
+        "seconds": row.outcome.seconds,
         "texts": [
             {"kl": x.kl, "kl_interval": x.kl_interval, "kl_ratio": _ratio(row, base, i), **x.packed.to_dict()}
-            for i, x in enumerate(row.results)
+            for i, x in enumerate(row.outcome.results)
         ],
     }
 
 
-def _setup(bench: _Bench, base: _Row) -> list[tuple[str, str]]:
-    return [
-        (
-            x.source,
-            f"{x.count} windows of {x.seq_len} tokens, stride {x.stride}; perplexity before {found.original.ppl:.4f}",
-        )
-        for x, found in zip(bench.texts, base.results, strict=True)
-    ]
-
-
-def _table(bench: _Bench, rows: Sequence[_Row]) -> Table:
-    failed = any(row.error for row in rows)
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("variant", no_wrap=True)
+def _table(bench: Bench, rows: Sequence[_Row]) -> Table:
+    failed = any(row.outcome.error for row in rows)
     of_texts = [name for x in bench.texts for name in (f"KL {Path(x.source).stem}", "ratio", "perplexity")]
-    for header in ("loss", "held out", *of_texts, "seconds"):
-        table.add_column(header, justify="right", no_wrap=True)
-    if failed:
-        table.add_column("failed", no_wrap=True)
+    table = result_table(["variant"], ["loss", "held out", *of_texts, "seconds"], failed=failed)
     for row in rows:
-        cells = [_cell(row.loss, ".2e"), _cell(row.held_out_loss, ".2e"), *_text_cells(row, rows[0])]
-        table.add_row(row.variant.name, *cells, _cell(row.seconds, ".1f"), *[row.error or ""][: int(failed)])
+        found = row.outcome
+        cells = [cell(found.loss, ".2e"), cell(found.held_out_loss, ".2e"), *_text_cells(row, rows[0])]
+        table.add_row(row.variant.name, *cells, cell(found.seconds, ".1f"), *[found.error or ""][: int(failed)])
     return table
 
 
 def _text_cells(row: _Row, base: _Row) -> list[str]:
-    if not row.results:
-        return ["-"] * 3 * len(base.results)
+    if not row.outcome.results:
+        return ["-"] * 3 * len(base.outcome.results)
     cells = []
-    for i, x in enumerate(row.results):
-        cells += [with_interval(x.kl, x.kl_interval, 5), _cell(_ratio(row, base, i), ".3f"), f"{x.packed.ppl:.4f}"]
+    for i, x in enumerate(row.outcome.results):
+        cells += [kl_cell(x), cell(_ratio(row, base, i), ".3f"), f"{x.packed.ppl:.4f}"]
     return cells
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _show(*parts: Table | str) -> None:
-    """Write `parts` to stdout, as wide as they are: lines that wrap are better than numbers cut off."""
-    narrow = Console(highlight=False)
-    free = narrow.options.update(width=10_000)
-    width = max(narrow.measure(part, options=free).maximum for part in parts)
-    console = Console(highlight=False, width=max(width, narrow.width))
-    for part in parts:
-        console.print(part)

@@ -19,6 +19,7 @@ from llmq.cli.adapter import adapter_command
 from llmq.cli.bench import bench_command
 from llmq.cli.chat import chat_command
 from llmq.cli.collect import collect_command
+from llmq.cli.compare import compare_command
 from llmq.cli.convert import convert_command
 from llmq.cli.doctor import doctor_command
 from llmq.cli.eval import eval_command
@@ -102,6 +103,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "recipe": recipe_command,
     "eval": eval_command,
     "ablate": ablate_command,
+    "compare": compare_command,
     "convert": convert_command,
     "verify": verify_command,
     "doctor": doctor_command,

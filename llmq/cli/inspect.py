@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
     from llmq.packed import PackedCheckpoint
 
 
+_SHORT = 32  # levels that are shown one by one
+
+
 @dataclass(frozen=True)
 class Kind:
     """Packed layers that are alike."""
 
+    grid: str
     bits: int
     group_size: int  # -1: one group per output
     sym: bool
@@ -68,9 +73,33 @@ class Inventory:
 
 def inspect_command(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint folder, packed or dense.")],
+    plot: Annotated[
+        str | None,
+        typer.Option(metavar="LAYER", help="Draw this layer's weights and the levels of grids.", show_default=False),
+    ] = None,
+    plot_file: Annotated[Path, typer.Option(metavar="FILE", help="Where to: .png, .svg or .pdf.")] = Path("levels.png"),
+    grids: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,…", help="Grids to draw. Default: the layer's own, or all.", show_default=False),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="Draw the weights of this folder's layer.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
-    """Show bits, group size, format and bytes of a checkpoint, and what stayed dense, without loading it."""
+    """Show grid, bits, group size, format and bytes of a checkpoint, and what stayed dense, without loading it.
+
+    With --plot, draw a layer instead: a histogram of its weights, each over the largest in its group, and below it
+    where the levels of grids lie.
+    """
+    if plot is not None:
+        from llmq.cli.levels import draw_layer
+
+        names = None if grids is None else [name.strip() for name in grids.split(",")]
+        draw_layer(directory, plot, plot_file, names, against)
+        typer.echo(f"drawn to {plot_file}", err=True)
+        return
     found = take_inventory(directory)
     if as_json:
         show_json(asdict(found))
@@ -121,7 +150,7 @@ def _opened(reader: CheckpointReader) -> PackedCheckpoint | None:
 
 
 def _packed(reader: PackedCheckpoint) -> Packed:
-    kinds = Counter((spec.bits, spec.group_size, spec.symmetric) for spec in reader.specs.values())
+    kinds = Counter((spec.grid, spec.bits, spec.group_size, spec.symmetric) for spec in reader.specs.values())
     weights = sum(n * k for n, k in (layer.shape for layer in reader.layers.values()))
     size = sum(reader.info(key).nbytes for layer in reader.layers.values() for key in layer.keys.values())
     return Packed(
@@ -158,6 +187,7 @@ def _summary(found: Inventory) -> list[tuple[str, object]]:
             ("format", packed.format if packed.format == packed.method else f"{packed.method}, {packed.format}")
         )
         rows += [(f"{kind.bits} bits", _described(kind)) for kind in packed.kinds]
+        rows += [(f"{name} levels", shown) for name, shown in _tables(packed.kinds)]
         rows += [
             ("desc_act", order),
             ("packed layers", packed.layers),
@@ -173,7 +203,21 @@ def _summary(found: Inventory) -> list[tuple[str, object]]:
 
 def _described(kind: Kind) -> str:
     groups = "one scale per output" if kind.group_size == -1 else f"groups of {kind.group_size}"
+    if kind.grid != "uniform":
+        return f"{kind.grid} grid, {groups}, {kind.layers} layers"
     return f"{groups}, {'symmetric' if kind.sym else 'asymmetric'}, {kind.layers} layers"
+
+
+def _tables(kinds: tuple[Kind, ...]) -> list[tuple[str, str]]:
+    """Return what codes stand for, times the scale, by name of the grid, where that is one short table."""
+    from llmq.grids import GRIDS, make_grid
+
+    found = []
+    for name, bits, sym in dict.fromkeys((kind.grid, kind.bits, kind.sym) for kind in kinds):
+        tables = make_grid(name, bits, sym).tables if name in GRIDS else None
+        if tables is not None and len(tables) == 1 and tables.shape[1] <= _SHORT:
+            found.append((name, " ".join(f"{level:.4g}" for level in tables[0].unique().tolist())))
+    return found
 
 
 def _dense_table(found: Inventory) -> Table:

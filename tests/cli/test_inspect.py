@@ -62,7 +62,7 @@ def test_packed_bytes_count_codes_scales_zeros_and_indices(
     groups = weights // 32
     # codes, zeros, float16 scales, int32 indices of 128 + 64 inputs in each block
     size = (weights * bits + groups * bits + groups * 16 + LAYERS * 192 * 32) // 8
-    assert packed["kinds"] == [{"bits": bits, "group_size": 32, "sym": True, "layers": 2 * LAYERS}]
+    assert packed["kinds"] == [{"grid": "uniform", "bits": bits, "group_size": 32, "sym": True, "layers": 2 * LAYERS}]
     assert packed["layers"] == 2 * LAYERS
     assert packed["weights"] == weights
     assert packed["bytes"] == size
