@@ -84,7 +84,7 @@ def test_defaults_are_those_of_the_grid() -> None:
         ({"order": "pivot"}, "order pivot takes vectors"),
         ({"guidance_groups": 2}, "guidance_groups is 2"),
         ({"tune_steps": 3}, "tune_steps"),
-        ({"bits": 3}, "bits is 3; use 2, 1"),
+        ({"bits": 3}, "the vq4 grid has 2, 1 bits, not 3"),
         ({"group_size": 6}, "group_size 6 cuts the vectors"),
         ({"format": "gptq"}, "vq4"),
         ({"sym": False}, "--sym"),
