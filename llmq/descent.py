@@ -122,8 +122,12 @@ def descend(q: QuantizedWeight, w: Tensor, h: Tensor) -> QuantizedWeight:
 
 def descent(state: State) -> State:
     """Return the complete `state` after one pass of coordinate descent over its codes; scales and zeros stay."""
-    k = len(state.values)
-    return sweep(state, [slice(start, min(start + _LEAF, k)) for start in range(0, k, _LEAF)], _one_by_one)
+    return sweep(state, leaves(len(state.values)), _one_by_one)
+
+
+def leaves(columns: int) -> list[slice]:
+    """Return so many columns in pieces for `sweep` that are decided on one by one."""
+    return [slice(start, min(start + _LEAF, columns)) for start in range(0, columns, _LEAF)]
 
 
 def sweep(state: State, pieces: Sequence[slice], improve: Callable[[State, Tensor, slice], None]) -> State:

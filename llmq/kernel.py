@@ -17,7 +17,7 @@ class Layer(NamedTuple):
 
     bits: int
     group_size: int  # columns per group, the number of inputs where there is one group
-    symmetric: bool  # whether every zero is the middle code
+    symmetric: bool  # whether every zero is the same
     out_features: int
     in_features: int
     grid: str = "uniform"  # a name in llmq.grids.GRIDS

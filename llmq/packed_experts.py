@@ -181,9 +181,7 @@ def _stack(linears: Sequence[QuantLinear], parts: int) -> Stack:
         # scales that are kept as they were read may be of several dtypes, each the smallest that holds them
         dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
         wholes.append(torch.empty((len(tensors), *tensors[0].shape), dtype=dtype, device=tensors[0].device))
-    for number, linear in enumerate(
-        linears
-    ):  # in turn, so that memory of one is free before that of the next is copied
+    for number, linear in enumerate(linears):  # in turn: memory of one is free before that of the next is copied
         views = [whole[number] for whole in wholes]
         for view, tensor in zip(views, linear.packed(), strict=True):
             view.copy_(tensor)

@@ -140,7 +140,7 @@ class Recipe(BaseModel):
         row = ALL_GRIDS.get(str(fields.get("grid", "uniform")))
         if row is None:
             raise ValueError(f"grid is {fields['grid']!r}; llmq has {', '.join(ALL_GRIDS)}")
-        return {name: value for name, value in row.defaults().items() if name in cls.model_fields} | fields
+        return row.defaults() | fields
 
     @field_validator("ignore")
     @classmethod

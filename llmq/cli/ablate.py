@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from llmq.cli.models import DEVICE_HELP, load_model, load_tokenizer, parse_device, parse_dtype
-from llmq.cli.options import takes_recipe
+from llmq.cli.options import listed, takes_recipe
 from llmq.cli.tables import facts, show_json
 from llmq.cli.trials import Bench, Outcome, cell, kl_cell, outputs, result_table, run_all, setup, show_wide
 from llmq.recipe import Recipe
@@ -63,7 +63,7 @@ def ablate_command(  # noqa: PLR0913  one parameter per option
     from llmq.checkpoint import resolve
     from llmq_eval.windows import read_windows
 
-    names = list(STAGES) if stages is None else [name.strip() for name in stages.split(",") if name.strip()]
+    names = list(STAGES) if stages is None else listed(stages)
     wanted = variants(recipe.model_dump(), names)
     where = parse_device(device)
     dtype = parse_dtype(None, where)

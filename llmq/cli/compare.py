@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmq.cli.models import DEVICE_HELP, load_model, load_tokenizer, parse_device, parse_dtype
-from llmq.cli.options import takes_recipe
+from llmq.cli.options import listed, takes_recipe
 from llmq.cli.tables import facts, show_json
 from llmq.cli.trials import Bench, Outcome, cell, kl_cell, outputs, result_table, run_all, setup, show_wide
 from llmq.errors import SpecError
@@ -193,7 +193,7 @@ def _collect(source: Path, recipe: Recipe, folder: Path, device: torch.device) -
 
 
 def _names(given: str, option: str) -> list[str]:
-    names = [name.strip() for name in given.split(",") if name.strip()]
+    names = listed(given)
     if not names or len(set(names)) != len(names):
         raise SpecError(f"{option} {given!r}: name at least one, and each once")
     return names

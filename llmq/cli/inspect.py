@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from llmq.cli.options import listed
 from llmq.cli.tables import facts, human_bytes, show, show_json
 from llmq.errors import CheckpointError
 
@@ -96,8 +97,7 @@ def inspect_command(
     if plot is not None:
         from llmq.cli.levels import draw_layer
 
-        names = None if grids is None else [name.strip() for name in grids.split(",")]
-        draw_layer(directory, plot, plot_file, names, against)
+        draw_layer(directory, plot, plot_file, None if grids is None else listed(grids), against)
         typer.echo(f"drawn to {plot_file}", err=True)
         return
     found = take_inventory(directory)

@@ -11,6 +11,8 @@ from llmq.errors import CheckpointError, SpecError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llmq.checkpoint import CheckpointReader
+
 _SAMPLE = 2**16  # weights that grids are placed by
 _GROUP = 128  # columns, where nothing says how many
 _BITS = 4
@@ -64,11 +66,8 @@ def draw_layer(directory: str, layer: str, file: Path, grids: Sequence[str] | No
     plot_levels(w, levels, f"{layer}, {bits} bits", [file])
 
 
-def _dense(reader: object, layer: str) -> Tensor:
+def _dense(reader: CheckpointReader, layer: str) -> Tensor:
     """Return the weight of a dense layer, float32 [N, K]."""
-    from llmq.checkpoint import CheckpointReader
-
-    assert isinstance(reader, CheckpointReader)
     name = f"{layer}.weight"
     if name not in reader or len(reader.info(name).shape) != 2:
         some = next((key for key in reader if key.endswith("_proj.weight")), "none")

@@ -52,6 +52,11 @@ def takes_recipe(command: Callable[..., None], only: Collection[str] = ()) -> Ca
     return run
 
 
+def listed(names: str) -> list[str]:
+    """Return the names in "a,b, c"."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """Return the keyword parameter for one recipe field; None means that it was not given."""
     shown = "none" if field.default in (None, ()) else field.default

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from llmq.errors import SolverError
+from llmq.grids.scales import check_finite
 from llmq.types import Affine
 
 _TOP = 127  # the largest whole number of a level
@@ -89,8 +90,7 @@ class CodebookGrid:
                 f"codebook grid: search_norm is {norm:g}; levels are means, which minimize squares: use 2"
             )
         w = w.float()
-        if not bool(w.isfinite().all()):
-            raise SolverError("the weight has NaN or infinity; repair it or leave the layer out with --ignore")
+        check_finite(w)
         if weight is None or not bool((weight > 0).any()):
             weight = torch.ones_like(w[0])
         rows = max(1, _ENTRIES // w.shape[1])

@@ -38,6 +38,16 @@ def half_precision(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), rounded)
 
 
+def check_finite(values: Tensor) -> None:
+    """Check that what was made of a weight shows no NaN or infinity in it.
+
+    Raises:
+        SolverError: it does.
+    """
+    if not bool(values.isfinite().all()):
+        raise SolverError("the weight has NaN or infinity; repair it or leave the layer out with --ignore")
+
+
 class ScaleRule(Protocol):
     """How a grid whose levels stand in a table is scaled."""
 

@@ -14,9 +14,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from llmq.errors import SolverError
 from llmq.grids.rank import rank
-from llmq.grids.scales import Half, ScaleRule
+from llmq.grids.scales import Half, ScaleRule, check_finite
 from llmq.grids.search import lightest
 from llmq.types import Affine
 
@@ -123,8 +122,7 @@ def largest(w: Tensor) -> Tensor:
         SolverError: `w` is not finite.
     """
     extreme = w.abs().amax(dim=1, keepdim=True)
-    if not bool(extreme.isfinite().all()):
-        raise SolverError("the weight has NaN or infinity; repair it or leave the layer out with --ignore")
+    check_finite(extreme)
     return extreme
 
 

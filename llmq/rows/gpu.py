@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmq.formats.streams import Stream
 from llmq.kernel import Grouped, Kernel, Layer
+from llmq.rows.devices import no_tensor_cores
 from llmq.rows.unpacking import codes_of, weight_of
 from llmq.types import QuantizedWeight
 
@@ -26,12 +27,8 @@ def triton(module: str) -> Kernel:
     """Return the row of a Triton dequant-GEMM, `llmq_kernels.<module>`; Triton is imported when a GPU asks for it."""
 
     def refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
-        if device.type != "cuda":
-            return f"runs on an NVIDIA GPU, not on {device.type}"
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "needs compute capability 8.0 or newer"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"{dtype} activations: tensor cores multiply float16 and bfloat16"
+        if reason := no_tensor_cores(device, dtype):
+            return reason
         n, k, bits = layer.out_features, layer.in_features, layer.bits
         return _reason(import_module(module).refuses(n, k, bits, layer.group_size, dtype))
 

@@ -11,6 +11,7 @@ from llmq.formats.streams import Stream
 from llmq.grids import make_grid
 from llmq.kernel import Kernel, Layer
 from llmq.rows import reference
+from llmq.rows.devices import no_tensor_cores, not_cpu
 from llmq.rows.unpacking import codes_of, weight_of
 from llmq.types import QuantizedWeight
 
@@ -35,9 +36,8 @@ def no_tables(layer: Layer) -> str | None:
 def _refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
     from llmq_kernels import native
 
-    if device.type != "cpu":
-        return f"runs on a CPU, not on {device.type}"
-    return no_tables(layer) or native.refuses(layer.bits, layer.in_features, layer.group_size, dtype, table=True)
+    reason = not_cpu(device) or no_tables(layer)
+    return reason or native.refuses(layer.bits, layer.in_features, layer.group_size, dtype, table=True)
 
 
 def _pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
@@ -69,12 +69,8 @@ def _path(layer: Layer, tokens: int, dtype: torch.dtype) -> str:
 
 
 def _triton_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda":
-        return f"runs on an NVIDIA GPU, not on {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs compute capability 8.0 or newer"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"{dtype} activations: tensor cores multiply float16 and bfloat16"
+    if reason := no_tensor_cores(device, dtype):
+        return reason
     from llmq_kernels import lut
 
     n, k = layer.out_features, layer.in_features

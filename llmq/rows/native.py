@@ -8,22 +8,19 @@ from torch import Tensor
 from llmq.formats.streams import Stream
 from llmq.kernel import Grouped, Kernel, Layer
 from llmq.rows import reference
+from llmq.rows.devices import not_cpu
 
 
 def _refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
     from llmq_kernels import native
 
-    if device.type != "cpu":
-        return f"runs on a CPU, not on {device.type}"
-    return native.pairs_refuse(layer.bits, layer.in_features, layer.group_size, dtype)
+    return not_cpu(device) or native.pairs_refuse(layer.bits, layer.in_features, layer.group_size, dtype)
 
 
 def _float_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
     from llmq_kernels import native
 
-    if device.type != "cpu":
-        return f"runs on a CPU, not on {device.type}"
-    return native.refuses(layer.bits, layer.in_features, layer.group_size, dtype)
+    return not_cpu(device) or native.refuses(layer.bits, layer.in_features, layer.group_size, dtype)
 
 
 def _pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
@@ -33,10 +30,15 @@ def _pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
     return [tensor.contiguous() for tensor in reference.pack(stream, layer, dtype)]
 
 
+def _operands(packed: list[Tensor], layer: Layer) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what `_pack` put together, as the kernels have it."""
+    return packed[0], packed[1], None if layer.symmetric else packed[2]
+
+
 def _matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
     from llmq_kernels import native
 
-    weight = (packed[0], packed[1], None if layer.symmetric else packed[2])
+    weight = _operands(packed, layer)
     return native.matmul(x, weight, bias, layer.bits, layer.group_size)
 
 
@@ -51,7 +53,7 @@ def _grouped(
 ) -> Tensor:
     from llmq_kernels.native import grouped
 
-    weight = (packed[0], packed[1], None if layer.symmetric else packed[2])
+    weight = _operands(packed, layer)
     return grouped.matmul(x, weight, bias, routes[0], layer.bits, layer.group_size, parts=parts)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llmq.formats.streams import Stream
 from llmq.kernel import Kernel, Layer
+from llmq.rows.devices import not_cpu
 from llmq.rows.unpacking import codes_of, weight_of
 from llmq.types import QuantizedWeight
 
@@ -14,9 +15,9 @@ from llmq.types import QuantizedWeight
 def _int4_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
     from llmq_kernels import cpu
 
-    if device.type != "cpu":
-        return f"runs on a CPU, not on {device.type}"
-    return cpu.int4_refuses(layer.out_features, layer.in_features, layer.bits, layer.group_size, dtype)
+    return not_cpu(device) or cpu.int4_refuses(
+        layer.out_features, layer.in_features, layer.bits, layer.group_size, dtype
+    )
 
 
 def _int4_pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
@@ -42,8 +43,8 @@ def _int4_matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: La
 def _int8_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
     from llmq_kernels import cpu
 
-    if device.type != "cpu":
-        return f"runs on a CPU, not on {device.type}"
+    if reason := not_cpu(device):
+        return reason
     if not layer.symmetric:
         return "needs a symmetric grid"
     return cpu.int8_refuses(layer.out_features, layer.in_features, layer.bits, layer.group_size, dtype)

@@ -10,6 +10,8 @@ from llmq.formats import bits as bitstream
 from llmq.formats.streams import Stream
 from llmq.grids.vq import VECTORS, VectorGrid, VectorWeight, vector_grid
 from llmq.kernel import Kernel, Layer
+from llmq.rows import reference
+from llmq.rows.devices import not_cpu
 
 _WIDE = {4: torch.int32, 8: torch.int64, 16: torch.complex128}  # dtypes by their bytes
 _SLAB = 2**20  # weights that are looked up at a time: on a CPU they stay in a core's cache until they are multiplied
@@ -24,13 +26,8 @@ def _refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | No
     return no_vectors(layer)
 
 
-def pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-    """Return codes as a stream along the inputs, scales and codebook."""
-    return [tensor for tensor in stream if tensor is not None]
-
-
 def unpack(packed: list[Tensor], layer: Layer) -> VectorWeight:
-    """Return the weight that `pack` packed."""
+    """Return the weight whose stream, codes, scales and codebook, `reference.pack` packed."""
     words, scales, book = packed
     grid = grid_of(layer)
     codes = bitstream.unpack(words, grid.code_bits, grid.codes_in(layer.in_features))
@@ -94,9 +91,7 @@ def grid_of(layer: Layer) -> VectorGrid:
 
 
 def _native_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return f"runs on a CPU, not on {device.type}"
-    if reason := no_vectors(layer):
+    if reason := not_cpu(device) or no_vectors(layer):
         return reason
     from llmq_kernels.native import vectors
 
@@ -105,7 +100,7 @@ def _native_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> s
 
 
 def _native_pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in pack(stream, layer, dtype)]
+    return [tensor.contiguous() for tensor in reference.pack(stream, layer, dtype)]
 
 
 def _native_matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
@@ -123,5 +118,5 @@ def _native_path(layer: Layer, tokens: int, dtype: torch.dtype) -> str:
     return "rows to PyTorch" if vectors.is_slow(tokens, dtype) else vectors.path(dtype)
 
 
-VECTOR_LOOKUP = Kernel(_refuses, pack, unpack, _matmul, as_read=True)
+VECTOR_LOOKUP = Kernel(_refuses, reference.pack, unpack, _matmul, as_read=True)
 NATIVE_VECTORS = Kernel(_native_refuses, _native_pack, unpack, _native_matmul, path=_native_path, as_read=True)

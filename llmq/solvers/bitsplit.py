@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llmq.descent import State, begin, complete, sweep
+from llmq.descent import State, begin, complete, leaves, sweep
 from llmq.grids.alternating import least_squares
 from llmq.grids.uniform import UniformGrid
 from llmq.hessian import symmetric
@@ -33,7 +33,6 @@ from llmq.solvers.takes import check, symmetric_steps
 from llmq.types import Affine, Grid, QuantizedWeight, Solution
 
 _ROUNDS = 8  # at most
-_LEAF = 32  # columns that are updated one by one before the next matrix product
 
 
 def bitsplit(
@@ -115,9 +114,8 @@ def scale_step(state: State) -> State:
 
 def digit_step(state: State, digits: Tensor, m: int) -> State:
     """Return the complete `state` with digit m of every code at its best, column by column; `digits` [K, N] follow."""
-    k = len(digits)
     improve: Callable[[State, Tensor, slice], None] = partial(_choose_digits, digits=digits, unit=2.0**m)
-    return sweep(state, [slice(start, min(start + _LEAF, k)) for start in range(0, k, _LEAF)], improve)
+    return sweep(state, leaves(len(digits)), improve)
 
 
 def _fit_scale(work: State, changes: Tensor, columns: slice) -> None:
