@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmq.errors import SolverError, SpecError
 from llmq.grids import ALL_GRIDS, make_grid
+from llmq.grids.level_bytes import power_for
 from llmq.grids.scales import half_precision
 from llmq.grids.uniform import UniformGrid
 from llmq.grids.vq import MAX_ENTRY, VectorGrid
@@ -48,7 +49,7 @@ def check_scales(name: str, weight: Tensor, spec: QuantSpec, grid: Grid) -> None
             half_precision(weight.abs().max() / MAX_ENTRY)
             return
         if grid.learns:  # which takes seconds: no level is beyond the largest weight
-            grid.storable(weight.float().abs().amax(dim=1, keepdim=True))
+            power_for(weight.float())
             return
         grid = grid.adapted(weight)
         for columns in weight.split(spec.group_columns(weight.shape[1]), dim=1):

@@ -9,7 +9,7 @@ Per layer of N outputs and K inputs with G groups per row:
     zeros    uint8 [N, G]           of asymmetric layers only; int16 at 8 bits, where version 1 of gptq knows zero 256
     permutation  int32 [K]          where groups are not of neighbouring inputs: which input each column belongs to
     levels   float32 [T, 2^bits]    of grids with tables: what a code stands for, times the scale; zeros pick the table
-             int8 [N, G, 2^bits] of grids that learn levels; their scales are powers of two
+             uint8 [N, G, 2^bits / 2 + 2] of grids that learn levels, and have no scales: `llmq.grids.level_bytes`
 
 Any N, K and group size, with a short last group where it does not divide K. The configuration has a version, and
 every scheme its grid: whoever meets a higher one, another grid or a key that it does not know has to refuse. What is
@@ -46,8 +46,7 @@ from llmq.formats.stored import (
     setting,
     shown,
 )
-from llmq.grids import ALL_GRIDS, make_grid
-from llmq.grids.codebook import LARGEST_POWER, LEAST_POWER, shared_exponent
+from llmq.grids import ALL_GRIDS, level_bytes, make_grid
 from llmq.types import Grid, QuantizedWeight, QuantSpec
 
 VERSION = 1
@@ -81,9 +80,10 @@ def layout(spec: QuantSpec, out_features: int, in_features: int) -> TensorLayout
         "codes": ((out_features, _row_bytes(in_features, spec.bits)), torch.uint8),
     }
     grid = _grid(spec)
-    found |= float_scales.layout(spec, out_features, groups)
     if grid.learns:
-        found["levels"] = ((out_features, groups, 2**spec.bits), torch.int8)
+        found["levels"] = ((out_features, groups, level_bytes.size_of(2**spec.bits)), torch.uint8)
+    else:
+        found |= float_scales.layout(spec, out_features, groups)
     if grid.tables is not None:
         found["levels"] = (tuple(grid.tables.shape), torch.float32)
     if not spec.symmetric:
@@ -140,7 +140,7 @@ def pack(weight: QuantizedWeight, spec: QuantSpec, columns: Tensor | None = None
     if weight.levels is None:
         found |= float_scales.pack(weight, spec)
     else:
-        found["scales"], found["levels"] = _stored_levels(weight.levels, spec)
+        found["levels"] = level_bytes.to_bytes(weight.levels)
     if weight.grid.tables is not None:
         found["levels"] = weight.grid.tables.to(stream.device, copy=True)  # that of each layer is its own
     zeros = _stored_zeros(weight, spec)
@@ -348,27 +348,10 @@ def learned_levels(tensors: Mapping[str, Tensor]) -> Tensor:
     Raises:
         CheckpointError: they are none that `pack` writes.
     """
-    whole, power = tensors["levels"].float(), tensors["scales"].float()[..., None]
-    levels = whole * power
-    rising = whole.diff(dim=-1) >= 0
-    if not bool(((power >= LEAST_POWER) & (power <= LARGEST_POWER)).all() and rising.all() and (whole != -128).all()):
-        raise CheckpointError(
-            f"levels do not rise within -127 to 127, or have scales beyond {LEAST_POWER:g} to {LARGEST_POWER:g}; "
-            "the file is damaged"
-        )
-    return levels
-
-
-def _stored_levels(levels: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Return the scales [N, G] and the whole numbers [N, G, L] that stand for learned `levels` in the file.
-
-    Raises:
-        SpecError: there are none.
-    """
-    whole, power = shared_exponent(levels)
-    if not torch.equal(whole * power, levels):
-        raise SpecError("a level is not a whole number up to 127 of the power of two that its table shares")
-    return power[..., 0].to(spec.scale_dtype), whole.to(torch.int8)
+    try:
+        return level_bytes.from_bytes(tensors["levels"])
+    except SpecError as error:
+        raise CheckpointError(f"{error}; the file is damaged") from error
 
 
 def _zero_dtype(spec: QuantSpec) -> torch.dtype:

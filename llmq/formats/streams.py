@@ -129,7 +129,7 @@ def _own(tensors: Mapping[str, Tensor], spec: QuantSpec, k: int) -> Stream | Non
     words = llmq_layout.words(tensors["codes"])
     if make_grid(spec.grid, spec.bits, spec.symmetric).learns:
         levels = llmq_layout.learned_levels(tensors).half()
-        return Stream(words, torch.ones_like(tensors["scales"], dtype=torch.float16), None, levels)
+        return Stream(words, torch.ones_like(levels[..., 0]), None, levels)
     lowest, highest = llmq_layout.zero_range(spec)
     if zeros is not None and bool(((zeros < lowest) | (zeros > highest)).any()):
         return None

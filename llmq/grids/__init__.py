@@ -63,7 +63,7 @@ GRIDS: dict[str, GridRow] = {
     "ternary": GridRow(ternary, (2,)),
     "binary": GridRow(binary, (1,)),
     "residual_binary": GridRow(residual_binary, (2,), (False,)),
-    "codebook": GridRow(codebook_grid, (2, 3, 4), scale_dtype=torch.float8_e8m0fnu, default_group_size=-1),
+    "codebook": GridRow(codebook_grid, (2, 3, 4), default_group_size=-1),
 }
 
 # Grids of vectors: a layer has a codebook of its own, and solvers of their own (`llmq.solvers.vectors`).

@@ -11,8 +11,8 @@ arXiv 1701.07204). With S0 the sum of the weights of an interval and S1 that of 
 Groups of more than 256 columns may be cut at 255 places only, which divide the integral of the cube root of the density
 into equal parts: so lie the best levels where there are many. Then Lloyd's iteration moves each cut to any column.
 
-Levels are whole numbers up to ±127 times a power of two that the table shares: a byte each, exact in float16 and in
-bfloat16, and so are the points halfway between them.
+Tables are rounded to those of `llmq.grids.level_bytes`. Their levels are exact in float16 and in bfloat16, and so are
+the points halfway between them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,10 @@ import torch
 from torch import Tensor
 
 from llmq.errors import SolverError
+from llmq.grids.level_bytes import nearest_table
 from llmq.grids.scales import check_finite
 from llmq.types import Affine
 
-_TOP = 127  # the largest whole number of a level
-_LOWEST, _HIGHEST = -24, 9  # exponents of the powers of two of which all of them are float16
-LEAST_POWER, LARGEST_POWER = 2.0**_LOWEST, 2.0**_HIGHEST
-LARGEST = _TOP * LARGEST_POWER  # level that there can be
 _PLACES = 256  # between which cuts are searched
 _LIGHT = 1e-3  # of the mean importance: between equal weights that hardly count there may be cuts, too
 _POLISH = 20  # iterations at most after a search that could not cut everywhere
@@ -75,7 +72,7 @@ class CodebookGrid:
     def fit(self, w: Tensor, weight: Tensor | None = None, *, norm: float = 2.0) -> Affine:
         """Return the levels [N, 1, L] that lose least for the columns `w` [N, S] of one group.
 
-        They rise; a row of fewer values than levels repeats the last one.
+        They rise, and may repeat.
 
         Args:
             w: real weights, any float dtype.
@@ -104,11 +101,7 @@ class CodebookGrid:
         Raises:
             SolverError: a level is beyond what float16 holds.
         """
-        whole, power = shared_exponent(scale)
-        levels = (whole * power).sort(dim=-1).values
-        again = torch.zeros_like(levels, dtype=torch.bool)
-        again[..., 1:] = levels[..., 1:] == levels[..., :-1]
-        return levels.masked_fill(again, torch.inf).sort(dim=-1).values.minimum(levels[..., -1:])
+        return nearest_table(scale.sort(dim=-1).values)
 
     def encode(self, w: Tensor, at: Affine) -> Tensor:
         """Return uint8 codes of the levels nearest to `w`; ties go to the lower level. Any shapes that broadcast."""
@@ -137,27 +130,6 @@ def codebook_grid(bits: int, symmetric: bool = True) -> CodebookGrid:
     return CodebookGrid(bits)
 
 
-def shared_exponent(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `levels` [..., L] as whole numbers -127 … 127, rounded, and the power of two of each table [..., 1].
-
-    The power is the least that does; what is exact in such a form comes back exactly.
-
-    Raises:
-        SolverError: a level is beyond what float16 holds.
-    """
-    largest = levels.abs().amax(dim=-1, keepdim=True)
-    mantissa, exponent = torch.frexp(largest)
-    exponent = exponent - 7 + (torch.round(mantissa * 128) > _TOP).int()
-    exponent = exponent.clamp(_LOWEST, _HIGHEST)
-    whole = torch.round(torch.ldexp(levels, -exponent))
-    if bool((whole.abs() > _TOP).any()):
-        raise SolverError(
-            f"level {float(largest.max()):g} does not fit float16 (largest {LARGEST:g} of a table), the "
-            "dtype that kernels look up; rescale the weight or leave the layer out with --ignore"
-        )
-    return whole, torch.ldexp(torch.ones_like(largest), exponent)
-
-
 def _of(at: Affine) -> Tensor:
     """Return the levels of a placement."""
     assert at.levels is not None, "its grid learns them"
@@ -165,12 +137,13 @@ def _of(at: Affine) -> Tensor:
 
 
 def _bounds(levels: Tensor) -> Tensor:
-    """Return the largest number that each of `levels` [..., L] but the last is nearest to, [..., L - 1].
+    """Return the largest number that each of `levels` [..., L] but the last is nearest to, rising [..., L - 1].
 
-    They are exact; no number lies beyond the first of levels that repeat.
+    They are exact; of levels that repeat, only the first is nearest to anything.
     """
     low, high = levels[..., :-1], levels[..., 1:]
-    return ((low + high) / 2).masked_fill_(low == high, torch.inf)
+    bounds = ((low + high) / 2).masked_fill_(low == high, torch.inf)
+    return bounds.flip(-1).cummin(dim=-1).values.flip(-1)
 
 
 def _learned(w: Tensor, weight: Tensor, count: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmq.descent import State
-from llmq.grids.codebook import LARGEST, shared_exponent
+from llmq.grids.level_bytes import LARGEST
 
 _STEPS = 3  # of conjugate gradients: more gain nothing that rounding keeps
 _COLUMNS = 64  # whose codes are looked at together
@@ -31,16 +31,17 @@ def relevel(state: State) -> State:
     if state.levels is None:
         return state
     codes = _codes(state)
-    levels = state.levels.transpose(1, 2) + _way(state, codes)  # [G, L, N], by code
-    whole, power = shared_exponent(levels.clamp(-LARGEST, LARGEST).transpose(1, 2))
-    levels = whole * power
-    change = _looked_up(levels.transpose(1, 2), codes, state.group_size).sub_(state.values)
+    moved = state.levels.transpose(1, 2) + _way(state, codes)  # [G, L, N], by code
+    moved, order = moved.transpose(1, 2).clamp(-LARGEST, LARGEST).sort(dim=-1)
+    levels = state.grid.storable(moved)
+    by_code = torch.empty_like(levels).scatter_(-1, order, levels)
+    change = _looked_up(by_code.transpose(1, 2), codes, state.group_size).sub_(state.values)
     slope = state.h @ change
     better = (change * (2 * state.gradient - slope)).sum(dim=0, dtype=torch.float64) > 0
     return replace(
         state,
         values=torch.where(better, state.values + change, state.values),
-        levels=torch.where(better[:, None], state.grid.storable(levels), state.levels),
+        levels=torch.where(better[:, None], levels, state.levels),
         gradient=torch.where(better, state.gradient - slope, state.gradient),
     )
 

@@ -31,7 +31,7 @@ LLMQ = FORMATS["llmq"]
 
 
 def spec_of(bits: int, group_size: int = -1) -> QuantSpec:
-    return QuantSpec(bits, group_size, True, "llmq", torch.float8_e8m0fnu, "codebook")
+    return QuantSpec(bits, group_size, True, "llmq", grid="codebook")
 
 
 def layer(bits: int = 3, n: int = 6, k: int = 50, group_size: int = -1) -> tuple[QuantizedWeight, QuantSpec]:
@@ -40,19 +40,19 @@ def layer(bits: int = 3, n: int = 6, k: int = 50, group_size: int = -1) -> tuple
     return rtn(w, None, CodebookGrid(bits), spec.group_columns(k)).weight, spec
 
 
-def test_levels_are_whole_numbers_times_a_power_of_two() -> None:
-    levels = torch.tensor([[[-1.5, 0.0, 0.25, 3.0]], [[0.0, 0.0, 0.0, 0.0]]])
+def test_tables_are_four_bytes_at_two_bits() -> None:
+    # -48 … 96 in 32ds; without offsets the inner levels lie at 3 and 45
+    levels = torch.tensor([[[-1.5, 0.0, 1.25, 3.0]], [[0.0, 0.0, 0.0, 0.0]]])
     codes = torch.tensor([[0, 1, 2, 3, 3], [0, 0, 0, 0, 0]], dtype=torch.uint8)
     weight = QuantizedWeight(codes, torch.ones(2, 1), torch.zeros(2, 1), CodebookGrid(2), 5, levels)
     tensors = LLMQ.pack(weight, spec_of(2))
-    assert tensors["levels"].tolist() == [[[-48, 0, 8, 96]], [[0, 0, 0, 0]]]
-    assert tensors["levels"].dtype == torch.int8
-    assert tensors["scales"].dtype == torch.float8_e8m0fnu
-    assert tensors["scales"].view(torch.uint8).tolist() == [[127 - 5], [127 - 7]]
+    assert tensors["levels"].tolist() == [[[4 * (24 - 5), 256 - 48, 96, (16 - 3) | (16 - 5) << 4]], [[4 * 17, 0, 0, 0]]]
+    assert tensors["levels"].dtype == torch.uint8
+    assert set(tensors) == {"shape", "codes", "levels"}
     assert tensors["codes"].tolist() == [[0b11_10_01_00, 0b11], [0, 0]]
     assert torch.equal(LLMQ.unpack(tensors, spec_of(2)).dequantize(), weight.dequantize())
     off = QuantizedWeight(codes, weight.scales, weight.zeros, weight.grid, 5, levels * 1.01)
-    with pytest.raises(SpecError, match="power of two that its table shares"):
+    with pytest.raises(SpecError, match="not one that files hold"):
         LLMQ.pack(off, spec_of(2))
 
 
@@ -79,18 +79,14 @@ def test_any_size_goes_there_and_back(bits: int, n: int, k: int, group_size: int
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-DAMAGE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "falling": ("levels", lambda t: t.flip(-1)),
-    "-128": ("levels", lambda t: torch.cat([torch.full_like(t[..., :1], -128), t[..., 1:]], dim=-1)),
-    "NaN": ("scales", lambda t: torch.full_like(t.view(torch.uint8), 255).view(t.dtype)),
-    "huge": ("scales", lambda t: torch.full_like(t.view(torch.uint8), 254).view(t.dtype)),
-    "above": ("scales", lambda t: torch.full_like(t.view(torch.uint8), 127 + 10).view(t.dtype)),
-    "tiny": ("scales", lambda t: torch.full_like(t.view(torch.uint8), 127 - 25).view(t.dtype)),
-    "float-levels": ("levels", lambda t: t.half()),
-    "flat": ("levels", lambda t: t.flatten(1)),
-    "short": ("levels", lambda t: t[..., :-1]),
-    "half-scales": ("scales", lambda t: t.float().half()),
-    "wide": ("scales", lambda t: torch.cat([t, t], dim=1)),
+DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "falling": lambda t: t[..., [0, 2, 1, 3, 4, 5]],
+    "-128": lambda t: torch.cat([t[..., :1], torch.full_like(t[..., :1], 128), t[..., 2:]], dim=-1),
+    "huge": lambda t: torch.cat([torch.full_like(t[..., :1], 4 * 34), t[..., 1:]], dim=-1),
+    "float": lambda t: t.half(),
+    "flat": lambda t: t.flatten(1),
+    "short": lambda t: t[..., :-1],
+    "int8-of-an-older-llmq": lambda t: torch.cat([t, t[..., :2]], dim=-1).view(torch.int8),
 }
 
 
@@ -98,14 +94,13 @@ DAMAGE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 def test_levels_that_none_has_written_are_refused(damage: str) -> None:
     weight, spec = layer()
     tensors = LLMQ.pack(weight, spec)
-    name, change = DAMAGE[damage]
-    tensors[name] = change(tensors[name])
-    with pytest.raises(CheckpointError, match=name) as caught:
+    tensors["levels"] = DAMAGE[damage](tensors["levels"])
+    with pytest.raises(CheckpointError, match="levels") as caught:
         LLMQ.unpack(tensors, spec)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("missing", ["levels", "scales", "codes", "shape"])
+@pytest.mark.parametrize("missing", ["levels", "codes", "shape"])
 def test_parts_that_are_missing_are_named(missing: str) -> None:
     weight, spec = layer()
     with pytest.raises(CheckpointError, match=f"{missing} is missing"):
@@ -136,12 +131,12 @@ def test_a_folder_is_made_read_saved_converted_and_counted(tmp_path: Path) -> No
     kinds = take_inventory(str(packed.path)).packed
     assert kinds is not None
     shapes = [layer.shape for layer in packed.layers.values()]
-    # shape, whole bytes of codes, a byte for the power of two and for each of eight levels
-    size = sum(16 + n * (-(-3 * k // 8) + 9) for n, k in shapes)
+    # shape, whole bytes of codes, six bytes for a table of eight levels
+    size = sum(16 + n * (-(-3 * k // 8) + 6) for n, k in shapes)
     assert kinds.bytes == size
     file = tmp_path / "packed/model.safetensors"
     tensors = load_file(file)
-    tensors[f"{name}.levels"] = tensors[f"{name}.levels"].flip(-1)
+    tensors[f"{name}.levels"] = tensors[f"{name}.levels"].index_fill(-1, torch.tensor([0]), 255)
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="levels do not rise"):
+    with pytest.raises(CheckpointError, match="levels are not between"):
         llmq.load(packed.path, dtype=torch.float32)(ids)

@@ -14,7 +14,8 @@ from refine_cases import Problem, allowance, losses, problem
 from torch import Tensor
 
 from llmq.descent import begin, complete, descent
-from llmq.grids.codebook import LARGEST, CodebookGrid, shared_exponent
+from llmq.grids.codebook import CodebookGrid
+from llmq.grids.level_bytes import LARGEST, from_bytes, to_bytes
 from llmq.refine import REFINERS, refine
 from llmq.refine.relevel import relevel
 from llmq.solvers.rtn import rtn
@@ -149,8 +150,7 @@ def test_the_answer_can_be_stored_and_the_state_fits_it(case: Problem) -> None:
     state = relevel(begin(q, w, h))
     found = state.weight()
     assert found.levels is not None
-    whole, power = shared_exponent(found.levels)
-    assert torch.equal(whole * power, found.levels)
+    assert torch.equal(from_bytes(to_bytes(found.levels)), found.levels)
     assert (found.levels.diff(dim=2) >= 0).all()
     assert (found.scales == 1).all()
     assert (found.grid, found.group_size) == (q.grid, q.group_size)
