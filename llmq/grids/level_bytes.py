@@ -70,7 +70,8 @@ def power_for(levels: Tensor) -> Tensor:
 def nearest_table(levels: Tensor) -> Tensor:
     """Return the tables nearest to rising `levels` [..., L] that bytes hold, rising; what they hold comes back exactly.
 
-    The ends are rounded; of the shifts that is taken with which the levels between are nearest, by squares.
+    The ends are rounded; of the shifts that is taken with which the levels between, each rounded by itself, are nearest
+    by squares.
 
     Raises:
         SolverError: a level is beyond what float16 holds.
@@ -131,9 +132,11 @@ def _with_shift(whole: Tensor, power: Tensor, shift: int) -> tuple[_Parts, Tenso
     first, inner, last = whole[..., :1].round(), whole[..., 1:-1], whole[..., -1:].round()
     shifts = torch.full_like(power, shift)
     ideal = (inner - _bases(first, last, shifts, inner.shape[-1])) / 2**shift
-    # tables take these back to their neighbours, and so hold levels that are equal
-    offsets = torch.where(inner == whole[..., -1:], ideal.ceil(), ideal.round())
-    offsets = torch.where(inner == whole[..., :-2], ideal.floor(), offsets)
+    # what is nearer to an end, or equal to the level before, goes beyond it: tables take that back to the neighbour
+    off = (ideal - ideal.round()).abs() * 2**shift
+    below = ((inner - first).abs() <= off) | (inner == whole[..., :-2])
+    offsets = torch.where(below, ideal.floor(), ideal.round())
+    offsets = torch.where((last - inner).abs() <= off, ideal.ceil(), offsets)
     found = _Parts(power, shifts, first, last, offsets.clamp(*_OFFSETS))
     return found, (_wholes(found)[..., 1:-1] - inner).square().sum(dim=-1, keepdim=True)
 
