@@ -96,15 +96,26 @@ def _of_group(grid: Grid, w: Tensor, at: Affine) -> Candidates:
         codes = torch.arange(2**grid.bits, dtype=torch.uint8, device=w.device)[:, None, None].expand(-1, *w.shape)
     else:
         nearest = grid.encode(w, at)
-        up, down = (nearest.int() + step for step in (1, -1))
-        beyond = (grid.decode(_kept(up, grid), at) - w) * (grid.decode(nearest, at) - w) < 0
-        codes = torch.stack([nearest, torch.where(beyond, _kept(up, grid), _kept(down, grid))])
+        up, down = (_next(grid, nearest, at, step) for step in (1, -1))
+        beyond = (grid.decode(up, at) - w) * (grid.decode(nearest, at) - w) < 0
+        codes = torch.stack([nearest, torch.where(beyond, up, down)])
     values = torch.stack([grid.decode(own, at) for own in codes])
     # several codes may stand for one level, which the grid encodes by one of them only
     given = torch.stack([grid.encode(own, at) == code for own, code in zip(values, codes, strict=True)])
     if grid.bits > _ALL_LEVELS:
         given[1] &= (values[1] - w) * (values[0] - w) < 0
     return Candidates(codes, values, given)
+
+
+def _next(grid: Grid, codes: Tensor, at: Affine, step: int) -> Tensor:
+    """Return the codes of the next level in one direction that is another: learned levels may fall on each other."""
+    here, beside = grid.decode(codes, at), _kept(codes.int() + step, grid)
+    for _ in range(2**grid.bits):
+        further = torch.where(grid.decode(beside, at) == here, _kept(beside.int() + step, grid), beside)
+        if torch.equal(further, beside):
+            break
+        beside = further
+    return grid.encode(grid.decode(beside, at), at)
 
 
 def _kept(codes: Tensor, grid: Grid) -> Tensor:

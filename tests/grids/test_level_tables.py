@@ -33,6 +33,13 @@ def test_levels_rise_and_fit_their_codes(grid: TableGrid) -> None:
     assert (grid.tables.diff(dim=1) >= 0).all()
 
 
+def test_the_outermost_level_spans_a_group_on_whichever_side_it_is() -> None:
+    for levels in ((-3.0, -1.0, 0.0, 1.0), (-1.0, 0.0, 1.0, 3.0)):
+        grid = TableGrid("lopsided", 2, (levels,))
+        assert grid.top == 3
+        assert grid.fit(torch.tensor([[6.0, -1.0]])).scale.item() == 2
+
+
 def ties_up(grid: TableGrid, low: float, high: float) -> bool:
     """Return whether a tie between two neighbours goes to the upper one, by the rule of the grid."""
     if grid.tables.shape == (1, 16) and grid.top == 6:  # E2M1: the even mantissa, 0, 1, 2 and 4
@@ -84,6 +91,17 @@ def test_the_search_pays_on_heavy_tails(name: str) -> None:
     grid = SEARCHED[name]
     w, weight = heavy(64, 40, 1)
     assert errors(grid, w, weight, grid.fit(w, weight)).sum() < 0.95 * errors(grid, w, weight, grid.fit(w)).sum()
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_spans_down_to_a_quarter_are_tried(name: str) -> None:
+    # an outlier without importance has four times the span of the rest
+    grid, rest = SEARCHED[name], torch.linspace(-1, 1, 41)[None]
+    w, weight = torch.cat([rest, torch.full((1, 1), 4.0)], dim=1), torch.ones(42)
+    weight[41] = 0
+    alone = errors(grid, rest, torch.ones(41), grid.fit(rest)).item()
+    # spans are a sixteenth apart or less: 1.00 times the error of the rest is the most that is measured
+    assert errors(grid, w, weight, grid.fit(w, weight)).item() <= 1.05 * alone
 
 
 @pytest.mark.parametrize("norm", [1.0, 3.0])
@@ -323,10 +341,11 @@ def test_breakpoints_are_nearly_the_best_of_all(name: str) -> None:
 def test_the_closed_form_places_what_has_no_importances() -> None:
     draw = torch.Generator().manual_seed(4)
     grid = make_grid("pwlq", 6, False)
-    for w, closed in (
-        (torch.randn(1, 4000, generator=draw), gaussian_breakpoint),
-        (torch.distributions.Laplace(0.0, 0.5**0.5).icdf(torch.rand(1, 4000, generator=draw)), laplace_breakpoint),
-    ):
+    normal, uniform = torch.randn(1, 4000, generator=draw), torch.rand(1, 4000, generator=draw)
+    laplacian = torch.distributions.Laplace(0.0, 0.5**0.5).icdf(uniform)
+    of = ((normal, gaussian_breakpoint), (laplacian, laplace_breakpoint))
+    for unit, (standard, closed) in itertools.product((1.0, 0.02, 30.0), of):
+        w = unit * standard
         at = grid.fit(w)
         assert at.scale.item() == pytest.approx(w.abs().max().item(), rel=2.0**-8)
         p = closed(torch.tensor(at.scale.item() / w.std().item())).item() * w.std().item()

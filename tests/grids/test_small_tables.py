@@ -7,6 +7,7 @@ import torch
 from grid_cases import TABLES, errors, heavy, used
 from torch import Tensor
 
+from llmq.errors import SolverError
 from llmq.grids import make_grid
 from llmq.grids.float4 import E2M1
 from llmq.grids.float_scales import shared_unit
@@ -33,6 +34,7 @@ def test_nvfp4_vector() -> None:
     expected = [1.1667, -0.5833, 0, 4.6667, 2.3333, -7, 0.5833, 1.1667]
     assert grid.nearest(BLOCK, unrounded)[0].tolist() == pytest.approx(expected, abs=6e-5)
     assert grid.fit(BLOCK).scale.item() == 1.125  # 7/6 to four bits
+    assert grid.storable(torch.tensor([1.19, 1.1, 1.18])).tolist() == [1.25, 1.125, 1.125]  # to the nearest
 
 
 def test_e2m1_levels_are_those_of_the_format() -> None:
@@ -50,6 +52,7 @@ def test_nf4_is_the_quantiles_of_the_paper() -> None:
     levels = torch.cat([positive, negative, torch.zeros(1, dtype=torch.float64)]).sort().values
     expected = torch.tensor(make_grid("nf4", 4, True).choices[0], dtype=torch.float64)
     torch.testing.assert_close(expected, levels / levels.max(), rtol=0, atol=2e-6)
+    assert torch.equal(expected.float().double(), expected)  # printed digits are those of float32 numbers
 
 
 def test_mxfp4_scales_are_powers_of_two() -> None:
@@ -63,11 +66,15 @@ def test_mxfp4_scales_are_powers_of_two() -> None:
     steps = (grid.fit(w, weight).scale / base).unique().tolist()
     assert set(steps) <= {2.0, 1.0, 0.5, 0.25}
     assert len(steps) > 1
+    # 7.9 is cut to 6 scales of 1, and next to 4 of 2
+    assert grid.fit(torch.tensor([[7.9, 0.0]]), torch.ones(2)).scale.item() == 2
 
 
-def test_nvfp4_scales_are_e4m3_under_one_power_of_two() -> None:
+@pytest.mark.parametrize("size", [1.0, 1e-4])  # of small weights, E4M3 goes below the least scale
+def test_nvfp4_scales_are_e4m3_under_one_power_of_two(size: float) -> None:
     grid = make_grid("nvfp4", 4, True)
     w, weight = heavy(64, 16, 6)
+    w *= size
     w[3] = 0
     w[5] *= 1e-4
     adapted = grid.adapted(w)
@@ -85,6 +92,15 @@ def test_nvfp4_scales_are_e4m3_under_one_power_of_two() -> None:
     assert torch.equal(adapted.storable(every), kept)
     assert adapted.storable(torch.tensor([[1e9]])).item() == 448 * unit  # there is no larger one
     assert torch.equal(grid.adapted(w).storable(every), grid.adapted(2 * w / 2).storable(every))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_named_by_the_group_that_has_it(bad: float) -> None:
+    w = torch.tensor([[1.0, 2.0], [bad, 3.0]])
+    grid = make_grid("nvfp4", 4, True).adapted(w)
+    grid.fit(w[:1])
+    with pytest.raises(SolverError, match="the weight has NaN or infinity"):
+        grid.fit(w)
 
 
 def test_the_power_of_a_weight_is_the_least() -> None:
@@ -168,6 +184,28 @@ def test_residual_binary_of_two_magnitudes_is_exact() -> None:
     w = torch.tensor([[1.0, -0.25, 0.25, -1.0], [3.0, 3.0, -3.0, 3.0], [2.0, 0.0, -2.0, 0.0]])
     grid = make_grid("residual_binary", 2, False)
     assert torch.equal(grid.nearest(w, grid.fit(w)), w)
+
+
+@pytest.mark.parametrize("name", ["ternary-2-sym", "binary-1-sym", "residual_binary-2-asym"])
+def test_without_importances_it_is_the_squared_error_that_is_least(name: str) -> None:
+    w, _ = heavy(400, 6, 7)
+    found, other = TABLES[name].fit(w), TABLES[name].fit(w, norm=4.0)
+    assert torch.equal(found.scale, other.scale)
+    assert torch.equal(found.zero, other.zero)
+
+
+def test_residual_binary_tries_the_inner_levels_beside_the_nearest() -> None:
+    # its ratio is 24.4997 / 32; under scales of eight bits 25 / 32 is a fifth better than 24 / 32, and best of all
+    w, weight = torch.tensor([[-1.6013, 2.1296, 1.6435]]), torch.tensor([1.4676, 25.646, 3.2802])
+    grid = make_grid("residual_binary", 2, False)
+    assert isinstance(grid, TableGrid)
+    every = [
+        Affine(torch.tensor([[2 + step / 64]]), torch.tensor([[float(table)]]))
+        for step in range(20)
+        for table in range(32)
+    ]
+    best = min(every, key=lambda at: errors(grid, w, weight, at).item())
+    assert grid.fit(w, weight)[:2] == (best.scale, best.zero)
 
 
 def test_levels_of_low_grids() -> None:

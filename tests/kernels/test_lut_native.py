@@ -148,14 +148,16 @@ def at_the_end(tensor):
     return found.copy_(tensor)
 
 for bits in (1, 2, 3, 4, 6, 8):
-    for k, group in ((4, 4), (33, 33), (70, 32), (41, 8)):
+    for k, group in ((4, 4), (33, 33), (70, 32), (41, 8), (48, 16)):
         n, g = 6, -(-k // group)
         words = at_the_end(torch.full((n, -(-k * bits // 32)), -1, dtype=torch.int32))
         for dtype in (torch.float32, torch.float16):
             own = native.Weight(words, None, None, at_the_end(torch.ones(n * g, 2**bits, dtype=dtype)))
             picked = at_the_end(torch.ones(n, g, dtype=torch.uint8))
             table = at_the_end(torch.ones(2, 2**bits, dtype=dtype))
-            for weight in (own, native.Weight(words, at_the_end(torch.ones(n, g)), picked, table)):
+            scales = at_the_end(torch.ones(n, g))
+            one = native.Weight(words, scales, None, at_the_end(torch.ones(1, 2**bits, dtype=dtype)))
+            for weight in (own, one, native.Weight(words, scales, picked, table)):
                 for m in (1, 7):
                     for x in (torch.float32, torch.bfloat16):
                         native.matmul(at_the_end(torch.ones(m, k, dtype=x)), weight, None, bits, group)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_cases import DEVICE, random_x
 from lut_cases import KINDS, Lut, random_lut
 from tolerance import assert_close_to_float64
 from torch import Tensor
 
 from llmq_kernels import lut, many, tables
+from llmq_kernels.lut_tiles import store_tile
 from llmq_kernels.tables import Few, Table, Tile
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -116,6 +119,9 @@ def test_groups_of_a_quarter_of_a_chunk(kind: str, k: int, group_size: int) -> N
         check(lut.tiled(x, weight, bias, Tile(512, 16, 64, 4, 3, post_scale), 1), w, x, bias)
     assert torch.equal(lut.dequantize(weight, 0, 20).cpu(), w.dense(torch.float16))
     assert str(lut.refuses(20, k, 5, group_size, torch.float16)).startswith(f"group_size {group_size}: needs a mult")
+    assert (
+        lut.refuses(20, k + 8, 4, group_size, torch.float16) == f"group_size {group_size}: does not divide K = {k + 8}"
+    )
 
 
 @pytest.mark.parametrize("case", cases(21, 1), ids=str)
@@ -140,13 +146,22 @@ def test_unpacking_returns_what_was_packed(case: Case) -> None:
         assert found is None or (wanted is not None and torch.equal(found.cpu(), wanted))
 
 
+def test_levels_of_float32_keep_their_last_bits() -> None:
+    w = random_lut(9, 96, 4, 32, "own")
+    fine = replace(w, table=w.table * (1 + 2**-20))
+    assert torch.equal(lut.dequantize(packed(fine, torch.float32), 0, 9).cpu(), fine.dense(torch.float32))
+
+
 @pytest.mark.parametrize("bits", [4, 6])
-@pytest.mark.parametrize("slab", [1, 2**26])
-def test_many_tokens_are_naive(monkeypatch: pytest.MonkeyPatch, bits: int, slab: int) -> None:
+@pytest.mark.parametrize(("slab", "parts"), [(1, [128, 33]), (96 * 130, [128, 33]), (96 * 256, [161])])
+def test_many_tokens_are_naive(monkeypatch: pytest.MonkeyPatch, bits: int, slab: int, parts: list[int]) -> None:
     monkeypatch.setattr(many, "SLAB", slab)
+    rows, real = [], lut.dequantize
+    monkeypatch.setattr(lut, "dequantize", lambda *a: rows.append(a[2]) or real(*a))
     w = random_lut(33 + 128, 96, bits, 32, "picked")
-    x, bias = strided(random_x(7, 96, torch.float16)), torch.ones(33 + 128, device=DEVICE)
+    x, bias = strided(random_x(7, 96, torch.float16)), torch.arange(33.0 + 128, device=DEVICE)
     check(lut._by_rows(x, packed(w, torch.float16), bias), w, x, bias)
+    assert rows == parts
 
 
 def test_the_number_of_tokens_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +224,21 @@ def test_more_than_two_to_the_31_elements(what: str, bits: int, monkeypatch: pyt
     check(product(what, x, weight), w, x, None)
 
 
+@triton.jit
+def store_ones(o_ptr, M, N):  # type: ignore[no-untyped-def]
+    """Store 16 rows of 16 columns of ones in each part of o [splits, M, N]; grid (splits,)."""
+    b_acc = tl.full((16, 16), 1.0, tl.float32)
+    store_tile(o_ptr, None, b_acc, tl.arange(0, 16), tl.arange(0, 16), tl.program_id(0), M, N)
+
+
+def test_a_result_of_more_than_two_to_the_31_elements() -> None:
+    m, n = 2**15, 2**16
+    out = torch.empty_strided((m * n + 16 * n,), (1,), dtype=torch.float16, device=DEVICE)  # written only in part
+    out.as_strided((16, 16), (n, 1), m * n).zero_()
+    store_ones[(2,)](out, m, n)
+    assert bool((out.as_strided((16, 16), (n, 1), m * n) == 1).all())
+
+
 def with_stride(stride: int) -> Any:
     """Return `Weight.pointers` with this many outputs between two groups."""
     original = lut.Weight.pointers
@@ -228,7 +258,11 @@ def test_what_does_not_fit_is_named() -> None:
         (r"scales \[33, 2\]: needs \[33, 3\]", (w.codes, w.scales[:, :2], w.table, w.picked, *plain)),
         (r"picked \[33, 2\]: needs \[33, 3\]", (w.codes, w.scales, w.table, w.picked[:, :2], *plain)),
         ("table: not all finite in torch.float16", (w.codes, w.scales, w.table * 1e6, w.picked, *plain)),
-        ("picked: needs whole numbers in 0..4", (w.codes, w.scales, w.table, w.picked + 1, *plain)),
+        *(
+            ("picked: needs whole numbers in 0..4", (w.codes, w.scales, w.table, wrong_picks, *plain))
+            for wrong_picks in (w.picked + 1, w.picked.int() - 1, w.picked + 0.5)
+        ),
+        (r"table \[300, 16\]: needs \[256, 16\]", (w.codes, w.scales, w.table[:1].repeat(300, 1), w.picked, *plain)),
         (r"table \[5, 15\]: needs \[5, 16\]", (w.codes, w.scales, w.table[:, :15], w.picked, *plain)),
         (r"table \[5, 16\]: needs \[99, 16\]", (w.codes, w.scales, w.table, None, *plain)),
     ]
@@ -242,6 +276,8 @@ def test_operands_that_do_not_fit_are_named() -> None:
     found, x = packed(w, torch.float16).operands, random_x(2, 96, torch.float16)
     plain = 33, 96, 4, 32
     assert found.scales is not None
+    own = packed(random_lut(33, 96, 4, 32, "own"), torch.float16).operands
+    short = own._replace(table=own.table[:-1])
     wrong: list[tuple[str, tuple[Any, ...]]] = [
         (r"weight: torch.int16 \[127, 32\]", (x, found._replace(weight=found.weight[:127]), None, *plain)),
         (r"table: torch.float16 \[1, 15\]", (x, found._replace(table=found.table[:, :15]), None, *plain)),
@@ -251,8 +287,11 @@ def test_operands_that_do_not_fit_are_named() -> None:
             (x, found._replace(scales=found.scales[:3]), None, *plain),
         ),
         ("picked: torch.float16", (x, found._replace(picked=found.scales), None, *plain)),
+        ("scales: .* needs contiguous", (x, found._replace(scales=found.scales.T.contiguous().T), None, *plain)),
+        (r"table: .* \[511, 16\] .* needs contiguous torch.float16 \[512, 16\]", (x, short, None, *plain)),
         (r"x \[2, 95\]", (x[:, :95], found, None, *plain)),
         (r"bias \[3\]", (x, found, torch.ones(3, device=DEVICE), *plain)),
+        (r"bias \[33\] .*: needs contiguous", (x, found, torch.ones(66, device=DEVICE)[::2], *plain)),
         ("group_size 24", (x, found, None, 33, 96, 4, 24)),
     ]
     for message, arguments in wrong:

@@ -122,6 +122,14 @@ def test_what_is_not_finite_stays_in_its_token(static: bool, dtype: torch.dtype)
     assert torch.equal(y[whole], in_float32(x[whole], codes, scales, None, scale))
 
 
+def test_a_nan_of_all_bits_is_one_in_bfloat16_too() -> None:
+    """Rounded like a number it would be -0."""
+    bias = torch.tensor([0x7FFFFFFF, 0], dtype=torch.int32).view(torch.float32)
+    codes, scales = random_weight(2, 64, seed=0)
+    y = w8a8.matmul(draw_x(3, 64, torch.bfloat16), *w8a8.pack(codes, scales), bias)
+    assert y.isnan().all(0).tolist() == [True, False]
+
+
 def test_tokens_of_zeros_and_next_to_zero() -> None:
     codes, scales = random_weight(9, 40, seed=0)
     x = torch.zeros(4, 40)
@@ -131,6 +139,7 @@ def test_tokens_of_zeros_and_next_to_zero() -> None:
     bias = torch.randn(9)
     y = w8a8.matmul(x, *w8a8.pack(codes, scales), bias)
     assert torch.equal(y[:3], bias.expand(3, 9))
+    assert not w8a8.matmul(torch.full((1, 40), 2.0**-120), *w8a8.pack(codes, scales), None).any()
     assert torch.equal(y, in_float32(x, codes, scales, bias))
 
 

@@ -101,6 +101,30 @@ def test_the_search_says_where_it_starts_and_what_it_weighs() -> None:
     assert error["hessian"][1] < error["mse"][1]
 
 
+def test_only_the_diagonal_counts_and_below_zero_it_is_none() -> None:
+    w, h = correlated(4, 16, seed=3)
+    grid, none = UniformGrid(3, True), h.diagonal().clone()
+    none[3] = 0.0
+    expected = admm(w, torch.diag(none), grid, 8)
+    assert expected.damp_percent == 0.0
+    h[3, 3] = -2 * h.diagonal().sum()
+    found = admm(w, h, grid, 8).weight
+    assert torch.equal(found.scales, expected.weight.scales)
+    assert torch.equal(found.codes, expected.weight.codes)
+
+
+def test_a_group_that_never_occurs_is_placed_as_if_all_inputs_were_alike() -> None:
+    w, h = correlated(6, 24, seed=4)
+    h[8:16], h[:, 8:16] = 0.0, 0.0
+    grid = UniformGrid(3, True)
+    found, alone = admm(w, h, grid, 8).weight, admm(w[:, 8:16], torch.eye(8), grid, 8).weight
+    assert torch.equal(found.scales[:, 1:2], alone.scales)
+    assert torch.equal(found.codes[:, 8:16], alone.codes)
+    assert not torch.equal(
+        alone.scales, admm(w[:, 8:16], torch.zeros(8, 8), grid, 8, scale_search="none").weight.scales
+    )
+
+
 def test_levels_without_a_scale_are_refused() -> None:
     w, h = correlated(2, 8)
     with pytest.raises(SolverError, match="method admm moves scales, which the codebook grid has not; use gptq"):

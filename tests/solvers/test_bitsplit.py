@@ -135,7 +135,12 @@ def test_inputs_that_never_occur_pull_at_nothing() -> None:
     same = (a.scales == b.scales).all(1)
     assert same.sum() >= 4  # one start may lie elsewhere
     assert torch.equal(a.codes[same][:, seen], b.codes[same][:, seen])
-    assert torch.equal(metric(h, 0.5).diagonal() > 0, seen)
+    before = h.clone()
+    damped = metric(h, 0.5)
+    assert torch.equal(damped.diagonal() > 0, seen)
+    assert torch.equal(h, before)
+    damped, start = metric(h, 0.01), start_of(4, w, h, 16)
+    assert (losses(w, damped, a) < losses(w, damped, start)).all()
 
 
 def test_inputs_that_never_occur_are_nearest_under_the_scales_that_were_found() -> None:

@@ -1,5 +1,7 @@
 """Searched low-bit weights: candidates, the exact gradient, the limit of the temperature, and what it gains."""
 
+import sys
+
 import pytest
 import torch
 from solver_cases import correlated, losses
@@ -158,12 +160,20 @@ def test_rows_by_themselves_and_other_scales_of_the_hessian_lose_as_much() -> No
 
 
 def test_rows_are_searched_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     w, h = correlated(7, 24)
     alone = torch.cat([slb(row[None], h, UniformGrid(2, True), 8).weight.codes for row in w])
     monkeypatch.setattr(sys.modules["llmq.solvers.slb"], "_ENTRIES", 4 * 24)
     assert torch.equal(slb(w, h, UniformGrid(2, True), 8).weight.codes, alone)
+
+
+@pytest.mark.parametrize(("bits", "each"), [(2, 4), (3, 8), (4, 2)])
+def test_pieces_have_so_many_logits(bits: int, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, h = correlated(7, 24)
+    pieces, module = [], sys.modules["llmq.solvers.slb"]
+    monkeypatch.setattr(module, "_ENTRIES", 2 * each * 24 + 1)  # those of two rows
+    monkeypatch.setattr(module, "_searched", lambda start, rows, _: pieces.append(len(rows)) or start)
+    assert slb(w, h, UniformGrid(bits, True), 8).weight.codes.shape == w.shape
+    assert pieces == [2, 2, 2, 1]
 
 
 def test_inputs_that_never_occur_stay_rounded_to_nearest() -> None:
