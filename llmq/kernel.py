@@ -45,5 +45,5 @@ class Kernel(NamedTuple):
     outputs: tuple[int, ...] | None = None
     rows: int = 1  # outputs of each of these layers have to be a multiple of this
     path: Callable[[Layer, int, torch.dtype], str] | None = None  # what it does with M tokens, if that depends on M
-    as_read: bool = False  # the arrangement is the stream that `pack` is given, scales unrounded, whatever the dtype
+    as_read: bool = False  # the arrangement has all of the stream, scales unrounded, and is one for all dtypes
     grouped: Grouped | None = None  # how it runs banks of experts; None: matrix by matrix

@@ -3,6 +3,7 @@
 
     scripts/bench_gpu.py                                   # Llama-3-8B and 70B, fused, 4 bits, groups of 128
     scripts/bench_gpu.py --bits 8 --group-size -1
+    scripts/bench_gpu.py --grid vq4 --bits 2 --group-size -1
     scripts/bench_gpu.py --device cpu --repeats 1 --sizes tiny --output /tmp    # the same road, by the clock
 
 Every candidate multiplies with weights that take turns, so that none is found in the cache, all of them in one CUDA
@@ -41,6 +42,7 @@ from bench_rivals import CANDIDATES, DENSE, Candidate, Weight, random_weight
 
 from llmq import ops
 from llmq.environment import machine, versions
+from llmq.grids.vq import VECTORS, vector_bits
 
 ROOT = Path(__file__).resolve().parents[1]
 # Layers of one input are one matrix: q, k and v, and gate and up.
@@ -88,6 +90,7 @@ class Figure:
     layer: str
     n: int
     k: int
+    grid: str
     bits: int
     group_size: int
     symmetric: bool
@@ -205,6 +208,7 @@ def figures(model: str, name: str, layer: ops.Layer, plan: Plan) -> list[Figure]
                     layer=name,
                     n=layer.out_features,
                     k=layer.in_features,
+                    grid=layer.grid,
                     bits=layer.bits,
                     group_size=layer.group_size,
                     symmetric=layer.symmetric,
@@ -316,7 +320,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["llama-3-8b", "llama-3-70b"], choices=list(SIZES))
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
-    parser.add_argument("--bits", type=int, default=4, choices=range(2, 9))
+    parser.add_argument("--bits", type=int, default=4, choices=range(1, 9))
+    parser.add_argument("--grid", default="uniform", choices=["uniform", *VECTORS])
     parser.add_argument("--group-size", type=int, default=128, help="-1: one group per row")
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
@@ -329,6 +334,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("there is no GPU; --device cpu --repeats 1 --sizes tiny only shows that everything runs")
     if options.repeats < 1 or min(options.tokens) < 1:
         parser.error("--repeats and --tokens have to be 1 or more")
+    if options.bits not in (vector_bits(options.grid) if options.grid in VECTORS else range(2, 9)):
+        parser.error(f"the {options.grid} grid has no {options.bits} bits")
     return options
 
 
@@ -343,7 +350,8 @@ def main(arguments: list[str] | None = None) -> int:
     timer = (graph_timer if on_gpu else clock_timer)(options.repeats)
     cold = COLD if on_gpu else TINY_COLD
     plan = Plan(getattr(torch, options.dtype), device, options.tokens, options.candidates, cold, timer)
-    kind = f"{options.bits}bit-{'row' if options.group_size < 0 else f'g{options.group_size}'}"
+    grid = "" if options.grid == "uniform" else f"{options.grid}-"
+    kind = f"{grid}{options.bits}bit-{'row' if options.group_size < 0 else f'g{options.group_size}'}"
     name = f"{re.sub('[^a-z0-9]+', '-', shared['gpu'].lower()).strip('-')}-{kind}-{'asym' if options.asym else 'sym'}"
     path = options.output / f"{name}-{options.dtype}.csv"
     unfinished = path.with_suffix(".csv.part")
@@ -352,7 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     for model in options.sizes:
         for layer, (n, k) in SIZES[model].items():
             group = k if options.group_size < 0 else options.group_size
-            found += figures(model, layer, ops.Layer(options.bits, group, not options.asym, n, k), plan)
+            found += figures(model, layer, ops.Layer(options.bits, group, not options.asym, n, k, options.grid), plan)
             write(unfinished, found, shared)
             print(f"{model} {layer} {n} x {k}: done", file=sys.stderr, flush=True)
             gc.collect()

@@ -19,7 +19,9 @@ from torch.nn.functional import linear
 from llmq import ops
 from llmq.formats import bits as bitstream
 from llmq.formats.streams import Stream
+from llmq.grids.vq import vector_grid
 
+NO_VECTORS = "multiplies weights on the uniform grid"
 INNER_K_TILES = 8  # of tinygemm; the largest is the fastest where it divides K
 
 
@@ -28,10 +30,11 @@ class Weight:
     """Random codes of a layer on a device, and in what dtype its activations are."""
 
     layer: ops.Layer
-    codes: Tensor  # uint8 [N, K]
+    codes: Tensor  # uint8 [N, K], or [N, K / d] on a codebook of vectors
     scales: Tensor  # float16 [N, G], exact in bfloat16
     zeros: Tensor | None  # uint8, at 8 bits int16, [N, G]; None: all are the middle code
     dtype: torch.dtype
+    book: Tensor | None = None  # vectors int8 [k, d]
 
     @property
     def device(self) -> torch.device:
@@ -40,13 +43,18 @@ class Weight:
 
     def dequantize(self) -> Tensor:
         """Return what it stands for, float32 [N, K]."""
-        n, k = self.codes.shape
+        n, k = self.layer.out_features, self.layer.in_features
+        if self.book is not None:
+            entries = self.book.float()[self.codes.int()].view(n, -1, self.layer.group_size)
+            return (entries * self.scales.float()[..., None]).view(n, k)
         zeros = 2.0 ** (self.layer.bits - 1) if self.zeros is None else self.zeros.float()[..., None]
         return ((self.codes.view(n, -1, self.layer.group_size) - zeros) * self.scales.float()[..., None]).view(n, k)
 
 
 def random_weight(layer: ops.Layer, dtype: torch.dtype, device: torch.device) -> Weight:
     """Return a weight whose entries have a variance of about 1 / K."""
+    if layer.grid != "uniform":
+        return _random_vectors(layer, dtype, device)
     draw = torch.Generator(device).manual_seed(0)
     n, k, bits = layer.out_features, layer.in_features, layer.bits
     groups = (n, k // layer.group_size)
@@ -57,6 +65,16 @@ def random_weight(layer: ops.Layer, dtype: torch.dtype, device: torch.device) ->
         zeros = torch.randint(2**bits, groups, generator=draw, device=device)
         zeros = zeros.to(torch.uint8 if bits < 8 else torch.int16)
     return Weight(layer, codes, scales.bfloat16().half(), zeros, dtype)
+
+
+def _random_vectors(layer: ops.Layer, dtype: torch.dtype, device: torch.device) -> Weight:
+    draw, grid = torch.Generator(device).manual_seed(0), vector_grid(layer.grid, layer.bits)
+    n, k = layer.out_features, layer.in_features
+    whole = {"generator": draw, "device": device}
+    codes = torch.randint(grid.entries, (n, grid.codes_in(k)), dtype=torch.uint8, **whole)
+    book = torch.randint(-127, 128, (grid.entries, grid.columns), dtype=torch.int8, **whole)
+    scales = (torch.rand((n, k // layer.group_size), **whole) + 0.5) / 64 / k**0.5
+    return Weight(layer, codes, scales.half(), None, dtype, book)
 
 
 class Candidate(NamedTuple):
@@ -73,8 +91,9 @@ def _llmq_row(weight: Weight) -> str:
 
 
 def _llmq_pack(weight: Weight) -> list[Tensor]:
-    words = bitstream.pack(weight.codes, weight.layer.bits)
-    stream = Stream(words, weight.scales, weight.zeros)
+    columns = 1 if weight.book is None else weight.book.shape[1]
+    words = bitstream.pack(weight.codes, weight.layer.bits * columns)
+    stream = Stream(words, weight.scales, weight.zeros, weight.book)
     return ops.KERNELS[_llmq_row(weight)].pack(stream, weight.layer, weight.dtype)
 
 
@@ -86,6 +105,8 @@ def _tinygemm_refuses(weight: Weight) -> str | None:
     layer = weight.layer
     if weight.device.type != "cuda":
         return "not on a GPU"
+    if layer.grid != "uniform":
+        return NO_VECTORS
     if weight.dtype != torch.bfloat16 or layer.bits != 4 or layer.group_size not in (32, 64, 128, 256):
         return "multiplies bfloat16 by 4 bits in groups of 32, 64, 128 or 256"
     if layer.out_features % 8 or layer.in_features % (16 * INNER_K_TILES):
@@ -114,6 +135,8 @@ def _marlin_refuses(package: str) -> Callable[[Weight], str | None]:
             return "not on a GPU"
         if find_spec(package) is None:
             return f"{package} is not installed"
+        if layer.grid != "uniform":
+            return NO_VECTORS
         if layer.bits not in (4, 8) or not layer.symmetric or layer.group_size not in (32, 64, 128, layer.in_features):
             return "multiplies by 4 or 8 bits, symmetric, in groups of 32, 64, 128 or all inputs"
         if layer.out_features % 64 or layer.in_features % 128:

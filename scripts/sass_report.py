@@ -31,6 +31,7 @@ import sass_experts
 import sass_int8
 import sass_lut
 import sass_quantizing
+import sass_vectors
 from sass import ARCHITECTURES, Report, Source, compile_kernel, estimate
 
 BENCH = Path(__file__).resolve().parents[1] / "docs" / "bench"
@@ -90,7 +91,8 @@ class Block:
         return f"gptq_block sm_{self.arch} {'single ' if self.single else ''}#{self.row}"
 
 
-Job = Variant | Sum | Block | sass_int8.Int8 | sass_lut.Lookup | sass_quantizing.Search | sass_quantizing.Bits
+Quantizing = sass_quantizing.Search | sass_quantizing.Bits
+Job = Variant | Sum | Block | sass_int8.Int8 | sass_lut.Lookup | sass_vectors.Codebook | Quantizing
 
 
 def jobs(sample: bool) -> Iterator[Job]:
@@ -111,6 +113,7 @@ def jobs(sample: bool) -> Iterator[Job]:
         yield from sass_int8.jobs(arch)
         yield from sass_lut.jobs(arch)
         yield from sass_quantizing.jobs(arch)
+        yield from sass_vectors.jobs(arch)
 
 
 def cases(arch: int, kernel: str) -> Iterator[tuple[str, str, bool]]:
@@ -168,6 +171,7 @@ SAMPLE: tuple[Job, ...] = (
     *sass_int8.SAMPLE,
     *sass_lut.SAMPLE,
     *sass_quantizing.SAMPLE,
+    *sass_vectors.SAMPLE,
 )
 
 
@@ -186,7 +190,9 @@ def compile_job(job: Job) -> Report:
         return sass_int8.compile_job(job)
     if isinstance(job, sass_lut.Lookup):
         return sass_lut.compile_job(job)
-    if isinstance(job, sass_quantizing.Search | sass_quantizing.Bits):
+    if isinstance(job, sass_vectors.Codebook):
+        return sass_vectors.compile_job(job)
+    if isinstance(job, Quantizing):
         return sass_quantizing.compile_job(job)
     report = compile_kernel(source(job), job.arch)
     if job.row[0] in "#e" and not report.mma.startswith(ARCHITECTURES[job.arch].mma):
@@ -287,13 +293,8 @@ def markdown(committed: dict[str, Any]) -> str:
     ]
     for name, row in committed["kernels"].items():
         group_of_128 = "g128 asym" in name and ("bf16" in name or "sm_75" in name)
-        if (
-            group_of_128
-            or name.startswith(("add", "gptq"))
-            or sass_int8.is_shown(name)
-            or sass_lut.is_shown(name)
-            or sass_quantizing.is_shown(name)
-        ):
+        others = (module.is_shown(name) for module in (sass_int8, sass_lut, sass_quantizing, sass_vectors))
+        if group_of_128 or name.startswith(("add", "gptq")) or any(others):
             cells = [f"{row[key]}" if row[key] else "" for key in SHOWN]
             lines.append(f"| {' | '.join([name.replace(' g128 asym', ''), *cells, row['estimate']])} |")
     return "\n".join(lines) + "\n"
@@ -308,7 +309,8 @@ def text(committed: dict[str, Any]) -> str:
 
 def judged(report: Report, job: Job) -> str:
     """Return what limits a kernel that is there to stream weights, and how far ahead the other limit is."""
-    if not isinstance(job, Variant | sass_lut.Lookup) or job.row not in ("#0", "M=1", "M=4", "dense"):
+    streams = isinstance(job, Variant | sass_lut.Lookup | sass_vectors.Codebook)
+    if not streams or job.row not in ("#0", "M=1", "M=2", "M=4", "dense"):
         return ""
     memory, issue = estimate(report)
     limit, ratio = ("memory", issue / memory) if issue >= memory else ("issue", memory / issue)

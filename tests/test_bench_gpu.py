@@ -71,6 +71,24 @@ def test_everything_runs_on_a_cpu_by_the_clock(tmp_path: Path, capsys: pytest.Ca
     assert "not timed: tinygemm: not on a GPU (4 times, first square at 1)" in shown
 
 
+def test_codebooks_of_vectors_are_timed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--device", "cpu", "--repeats", "1", "--sizes", "tiny", "--tokens", "1", "--output", str(tmp_path)]
+    assert bench_gpu.main([*options, "--grid", "vq4", "--bits", "2", "--group-size", "-1"]) == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("-vq4-2bit-row-sym-bfloat16.csv")
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["microseconds"]]
+    assert {(row["candidate"], row["grid"]) for row in rows} == {("dense", "vq4"), ("llmq", "vq4")}
+    assert {row["row"] for row in rows} <= {"", "cpu_vectors", "vectors"}
+    with pytest.raises(SystemExit, match="2"):
+        bench_gpu.parse([*options, "--grid", "vq4", "--bits", "3"])
+    assert "the vq4 grid has no 3 bits" in capsys.readouterr().err
+    for name in ("tinygemm", "marlin of vllm"):
+        refuses = bench_rivals.CANDIDATES[name].refuses
+        vectors = SimpleNamespace(layer=LAYER._replace(grid="vq4"), device=torch.device("cuda"))
+        assert refuses(vectors) is not None
+
+
 def test_speeds_are_of_times_and_the_dense_layer_is_first(candidates: dict[str, Any]) -> None:
     times = iter([8.0, 2.0, 9.0, 3.0])
     found = bench_gpu.figures("m", "l", LAYER, plan(lambda call, calls: next(times), names=("half", "dense")))

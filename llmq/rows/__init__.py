@@ -10,7 +10,7 @@ from llmq.rows.lut import NATIVE_LUT, TRITON_LUT
 from llmq.rows.native import NATIVE, NATIVE_FLOAT
 from llmq.rows.reference import REFERENCE
 from llmq.rows.torch_cpu import INT4PACK, INT8PACK
-from llmq.rows.vectors import NATIVE_VECTORS, VECTOR_LOOKUP
+from llmq.rows.vectors import NATIVE_VECTORS, TRITON_VECTORS, VECTOR_LOOKUP
 
 
 def _uniform(row: Kernel) -> Kernel:
@@ -36,6 +36,7 @@ KERNELS: dict[str, Kernel] = {
     "cpu_lut": NATIVE_LUT,
     "triton_lut": TRITON_LUT,
     "cpu_vectors": NATIVE_VECTORS,
+    "triton_vectors": TRITON_VECTORS,
     "vectors": VECTOR_LOOKUP,
     "reference": REFERENCE,
 }

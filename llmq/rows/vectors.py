@@ -1,4 +1,5 @@
-"""The rows of grids of vectors: codes are looked up in the layer's codebook, some outputs at a time, and multiplied."""
+"""The rows of grids of vectors, whose codes are looked up in the layer's codebook: our kernels in C and Triton's, and
+PyTorch, some outputs at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from llmq.formats.streams import Stream
 from llmq.grids.vq import VECTORS, VectorGrid, VectorWeight, vector_grid
 from llmq.kernel import Kernel, Layer
 from llmq.rows import reference
-from llmq.rows.devices import not_cpu
+from llmq.rows.devices import no_tensor_cores, not_cpu
 
 _WIDE = {4: torch.int32, 8: torch.int64, 16: torch.complex128}  # dtypes by their bytes
 _SLAB = 2**20  # weights that are looked up at a time: on a CPU they stay in a core's cache until they are multiplied
@@ -29,18 +30,19 @@ def _refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | No
 def unpack(packed: list[Tensor], layer: Layer) -> VectorWeight:
     """Return the weight whose stream, codes, scales and codebook, `reference.pack` packed."""
     words, scales, book = packed
+    return _weight_of(_codes(words, layer), scales, book, layer)
+
+
+def _codes(words: Tensor, layer: Layer) -> Tensor:
+    """Return the codes uint8 [N, P] of a stream."""
     grid = grid_of(layer)
-    codes = bitstream.unpack(words, grid.code_bits, grid.codes_in(layer.in_features))
-    exact = scales.float()
-    return VectorWeight(
-        codes,
-        exact,
-        torch.zeros_like(exact),
-        grid,
-        layer.group_size,
-        codebook=book.float(),
-        in_features=layer.in_features,
-    )
+    return bitstream.unpack(words, grid.code_bits, grid.codes_in(layer.in_features))
+
+
+def _weight_of(codes: Tensor, scales: Tensor, book: Tensor, layer: Layer) -> VectorWeight:
+    exact, k = scales.float(), layer.in_features
+    zeros = torch.zeros_like(exact)
+    return VectorWeight(codes, exact, zeros, grid_of(layer), layer.group_size, codebook=book.float(), in_features=k)
 
 
 def _matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
@@ -68,8 +70,7 @@ def looked_up(words: Tensor, entries: Tensor, layer: Layer) -> Tensor:
         entries: the codebook [k, d], contiguous.
         layer: the layer that they are of.
     """
-    grid, k = grid_of(layer), layer.in_features
-    codes = bitstream.unpack(words, grid.code_bits, grid.codes_in(k)).int()
+    codes, k = _codes(words, layer).int(), layer.in_features
     wide = _WIDE.get(entries.shape[1] * entries.itemsize)
     if wide is None:
         weight = embedding(codes, entries).flatten(1)
@@ -118,5 +119,40 @@ def _native_path(layer: Layer, tokens: int, dtype: torch.dtype) -> str:
     return "rows to PyTorch" if vectors.is_slow(tokens, dtype) else vectors.path(dtype)
 
 
+def _kind(layer: Layer) -> tuple[int, int, int, int, int]:
+    """Return what `llmq_kernels.vector_product` wants to know of a layer: the fields of its `Kind`."""
+    grid = grid_of(layer)
+    return layer.out_features, layer.in_features, grid.columns, grid.code_bits, layer.group_size
+
+
+def _triton_refuses(layer: Layer, device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := no_tensor_cores(device, dtype) or no_vectors(layer):
+        return reason
+    from llmq_kernels import vector_product
+
+    return vector_product.refuses(vector_product.Kind(*_kind(layer)), dtype)
+
+
+def _triton_pack(stream: Stream, layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+    from llmq_kernels import vector_product
+
+    words, scales, book = reference.pack(stream, layer, dtype)
+    return list(vector_product.pack(_codes(words, layer), book, scales, vector_product.Kind(*_kind(layer))))
+
+
+def _triton_unpack(packed: list[Tensor], layer: Layer) -> VectorWeight:
+    from llmq_kernels import vector_product
+
+    codes, book, scales = vector_product.unpack(vector_product.Packed(*packed), vector_product.Kind(*_kind(layer)))
+    return _weight_of(codes, scales, book, layer)
+
+
+def _triton_matmul(x: Tensor, packed: list[Tensor], bias: Tensor | None, layer: Layer) -> Tensor:
+    from llmq_kernels import vector_product
+
+    return vector_product.matmul(x, packed, bias, vector_product.Kind(*_kind(layer)))
+
+
 VECTOR_LOOKUP = Kernel(_refuses, reference.pack, unpack, _matmul, as_read=True)
 NATIVE_VECTORS = Kernel(_native_refuses, _native_pack, unpack, _native_matmul, path=_native_path, as_read=True)
+TRITON_VECTORS = Kernel(_triton_refuses, _triton_pack, _triton_unpack, _triton_matmul, as_read=True)

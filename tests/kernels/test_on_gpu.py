@@ -17,6 +17,7 @@ from torch import Tensor
 from llmq import expert_ops, ops
 from llmq.formats import bits as bitstream
 from llmq.formats.streams import Stream
+from llmq.grids.vq import vector_grid
 from llmq_kernels import gptq_block, many, naive, pack_bits, scale_search
 
 N, K = 1024, 4096
@@ -62,6 +63,27 @@ def of_row(row: str, layer: ops.Layer) -> Product:
     )
 
 
+def of_vectors(layer: ops.Layer) -> Product:
+    """Return the product with a weight on a codebook of vectors."""
+    row, grid = ops.KERNELS["triton_vectors"], vector_grid(layer.grid, layer.bits)
+
+    def pack(seed: int, device: torch.device) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        codes = torch.randint(grid.entries, (N, grid.codes_in(K)), generator=draw).to(torch.uint8)
+        book = torch.randint(-127, 128, (grid.entries, grid.columns), generator=draw).to(torch.int8)
+        scales = ((torch.rand((N, K // layer.group_size), generator=draw) + 0.5) * 2.0**-12).half()
+        words = bitstream.pack(codes, grid.code_bits).to(device)
+        return row.pack(Stream(words, scales.to(device), None, book.to(device)), layer, BF16)
+
+    return Product(
+        pack,
+        lambda x, packed: row.matmul(x, packed, None, layer),
+        lambda x, packed: x.double() @ row.unpack(packed, layer).dequantize().double().T,
+        "triton_vectors",
+        layer,
+    )
+
+
 def of_experts(row: str, layer: ops.Layer) -> Product:
     """Return the products of tokens that each go to one of four experts, which lie as a row of the table has them."""
     one = of_row(row, layer)
@@ -94,6 +116,9 @@ PRODUCTS = {
     "experts w4a16": of_experts("triton_w4a16", ops.Layer(4, 128, False, N, K)),
     "experts w8a16": of_experts("triton_w8a16", ops.Layer(8, 128, True, N, K)),
     "lut nf4": of_row("triton_lut", ops.Layer(4, 64, True, N, K, "nf4")),
+    "vq2": of_vectors(ops.Layer(3, K, True, N, K, "vq2")),
+    "vq4": of_vectors(ops.Layer(2, 128, True, N, K, "vq4")),
+    "vq8": of_vectors(ops.Layer(1, K, True, N, K, "vq8")),
 }
 products = pytest.mark.parametrize("name", PRODUCTS)
 tokens = pytest.mark.parametrize("m", [1, 4, 16, 64, 600])

@@ -8,6 +8,7 @@ import torch
 from llmq_kernels import few, layout, tables
 from llmq_kernels.tables import Few, Table, Tile
 
+KERNELS = ["vectors", "w2a16", "w4a16", "w8a16"]
 NAMES = sorted(path.stem for path in tables.FOLDER.glob("*.json"))
 
 
@@ -16,10 +17,10 @@ def test_every_family_has_a_table() -> None:
     assert NAMES == ["ada", "ampere", "blackwell", "default", "hopper", "turing"]
 
 
-@pytest.mark.parametrize("kernel", ["w2a16", "w4a16", "w8a16"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_table_fits_the_kernels(name: str, kernel: str) -> None:
-    assert json.loads((tables.FOLDER / f"{name}.json").read_text()).keys() == {"timed", "w2a16", "w4a16", "w8a16"}
+    assert json.loads((tables.FOLDER / f"{name}.json").read_text()).keys() == {"timed", *KERNELS}
     table = tables.read(name, kernel)
     assert all(layout.TILE_N % row.block_n == 0 for row in (*table.few, *table.tiles))
     for rows in (table.few, table.tiles):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import DEVICE, random_x
 from script_loading import load_script
 
 from llmq_kernels import tables
@@ -88,3 +89,17 @@ def test_candidates_are_tiles_that_tokens_fill_and_registers_hold() -> None:
     sums = list(tune_kernels.few_rows(2))
     assert len(set(sums)) == len(sums) == 12
     assert {row.max_m for row in sums} == {2}
+
+
+@pytest.mark.parametrize("name", ["w2a16", "w4a16", "w8a16", "vectors"])
+def test_every_row_of_a_table_multiplies_with_the_same_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = tune_kernels.KERNELS[name]
+    tensors = kernel.pack(33, 256, torch.device(DEVICE))
+    monkeypatch.setattr(tune_kernels, "COLD", 3 * tensors[0].nbytes)
+    assert [found[0].equal(tensors[0]) for found in tune_kernels.copies(tensors)] == [True] * 4
+    x = random_x(2, 256, torch.bfloat16)
+    rows = (None, Few(4, 32, 2), Tile(16, 16, 64, 4, 3, True))
+    dense, sums, tiles = (kernel.multiply(x, tensors, 33, row).float() for row in rows)
+    assert dense.shape == (2, 33)
+    for found in (sums, tiles):  # the interpreter cuts bfloat16 off, at an epsilon, where a GPU rounds
+        assert (found - dense).norm() <= 2 * torch.finfo(torch.bfloat16).eps * dense.norm()

@@ -37,8 +37,8 @@ ROWS = {
         (8, 32, False, torch.float16),
     ],
 }
-# tests/serving/test_lut_rows.py, tests/vectors/test_vector_serving.py
-ELSEWHERE = {"cpu_lut", "triton_lut", "cpu_vectors", "vectors"}
+# tests/serving/test_lut_rows.py, tests/vectors/test_vector_serving.py, tests/kernels/test_vectors_triton.py
+ELSEWHERE = {"cpu_lut", "triton_lut", "cpu_vectors", "triton_vectors", "vectors"}
 CPU = torch.device("cpu")
 NATIVE = {"cpu_native": torch.bfloat16, "cpu_native_float": torch.float32}
 CASES = [(row, *case) for row, cases in ROWS.items() for case in cases]
