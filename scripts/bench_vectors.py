@@ -50,8 +50,9 @@ def layers(model: Path, statistics: Path, blocks: list[int]) -> Iterator[tuple[s
 
 
 def losses(model: Path, statistics: Path, blocks: list[int]) -> None:
-    """Print what each way loses, and the geometric mean of its ratio to the uniform grid's loss."""
+    """Print what each way loses, the geometric mean of its ratio to the uniform grid's loss, and seconds of a core."""
     ratios: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
     for name, w, h, judge in layers(model, statistics, blocks):
         k, damped = w.shape[1], h.clone()
         damped.diagonal().add_(_DAMP * h.diagonal().mean())
@@ -63,9 +64,11 @@ def losses(model: Path, statistics: Path, blocks: list[int]) -> None:
             ("vq4 natural", VectorGrid(2, 4), k, "natural"),
             ("vq4 g128", VectorGrid(2, 4), 128, "act"),
         ):
+            start = time.process_time()
             q = vector_gptq(w, h, grid, size, damp_percent=_DAMP, order=order).weight
             assert isinstance(q, VectorWeight)
             found[label] = refined(q, w, damped, 2)
+            seconds[label] = seconds.get(label, 0.0) + time.process_time() - start
         energy = float(((w @ judge) * w).sum())
         lost = {}
         for label, q in found.items():
@@ -74,7 +77,8 @@ def losses(model: Path, statistics: Path, blocks: list[int]) -> None:
             ratios.setdefault(label, []).append(lost[label] / lost["uniform g128"])
         print(name, *(f"{label} {value:.4f}" for label, value in lost.items()), sep="  ", flush=True)
     for label, values in ratios.items():
-        print(f"{label}: {torch.tensor(values).log().mean().exp():.3f} of the uniform grid's")
+        took = f", {seconds[label]:.1f} s" if label in seconds else ""
+        print(f"{label}: {torch.tensor(values).log().mean().exp():.3f} of the uniform grid's{took}")
 
 
 def speed() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llmq.doctor import codes, files, indices, labels, parts, scales
+from llmq.doctor import codes, files, indices, labels, parts, scales, vectors
 from llmq.doctor.findings import ERROR, NOTE, WARNING, Finding, Repair
 from llmq.doctor.patient import Patient
 from llmq.errors import LlmqError
@@ -37,8 +37,11 @@ CHECKS: tuple[Check, ...] = (
     codes.dead_groups,
     codes.saturated_groups,
     codes.noise,
+    vectors.codebooks,
+    vectors.one_entry,
     parts.unknown_model,
     parts.missing,
+    parts.other_size,
     parts.dense_inside,
     parts.outlying_experts,
     parts.tied_head,

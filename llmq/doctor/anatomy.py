@@ -25,6 +25,7 @@ class Anatomy:
     parameters: dict[str, str | None]  # by name in the model, the tensor of the files, None: there is none
     packed: dict[str, str]  # by module of the model, its name in the files
     linears: frozenset[str]  # modules of the model
+    sizes: dict[str, tuple[int, int]]  # outputs and inputs, by module of the model that is packed
     experts: tuple[str, ...]  # prefixes of banks
     head: str | None  # module
     embedding: str | None
@@ -63,6 +64,8 @@ def anatomy_of(patient: Opened) -> Anatomy | str:
     except LlmqError as error:
         return str(error)
     modules = {id(module): name for name, module in model.named_modules()}
+    shapes = {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in packed}
+    turned = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     text = config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -70,6 +73,7 @@ def anatomy_of(patient: Opened) -> Anatomy | str:
         {name: names.get(name) for name, _ in model.named_parameters()},
         packed,
         frozenset(name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))),
+        {name: (shape[-1], shape[0]) if name in turned else (shape[0], shape[-1]) for name, shape in shapes.items()},
         tuple(f"{name}." for name in banks),
         modules.get(id(head)),
         modules.get(id(embedding)),

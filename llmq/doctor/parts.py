@@ -56,6 +56,26 @@ def missing(patient: Patient) -> Iterator[Finding]:
         )
 
 
+def other_size(patient: Patient) -> Iterator[Finding]:
+    """Report layers whose `shape` fits their tensors, but not the model: the last columns of a code may be any."""
+    model = _known(patient)
+    if model is None:
+        return
+    found = []
+    for name, module in model.packed.items():
+        layer = patient.layers.get(module)
+        if layer is None or layer.stored is None or "shape" not in layer.header:
+            continue
+        size = layer.stored.out_features, layer.stored.in_features
+        if size != model.sizes[name]:
+            found.append((module, f"shape says {list(size)}, the model has {list(model.sizes[name])}"))
+    if found:
+        yield Finding(
+            "layer-of-other-size", ERROR, tuple(module for module, _ in found), found[0][1],
+            "the layer is of another model, or damaged: download or quantize it again",
+        )  # fmt: skip
+
+
 def dense_inside(patient: Patient) -> Iterator[Finding]:
     """Report linears that are dense although the configuration has them packed."""
     model = _known(patient)

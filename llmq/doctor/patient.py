@@ -16,6 +16,7 @@ from llmq.doctor.anatomy import Anatomy, anatomy_of
 from llmq.doctor.measures import Measures, measure
 from llmq.errors import CheckpointError, LlmqError
 from llmq.formats import FORMATS, METHODS, Format, Header, Stored
+from llmq.grids.vq import VECTORS
 from llmq.packed import quantization_of
 from llmq.types import QuantSpec
 
@@ -88,11 +89,11 @@ class Patient:
         return anatomy_of(self)
 
     def measures(self, module: str) -> Measures | None:
-        """Return statistics of a sample of a layer, or None if it cannot be read."""
+        """Return statistics of a sample of a layer of single weights, or None if it cannot be read."""
         if module not in self._measured:
             layer = self.layers[module]
             found = None
-            if layer.stored is not None:
+            if layer.stored is not None and layer.spec.grid not in VECTORS:  # `vectors` looks at those
                 try:
                     found = measure(layer.stored, lambda local, rows=None: self.read(f"{module}.{local}", rows))
                 except LlmqError:  # said by `damaged_layers`

@@ -10,6 +10,7 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config, Qw
 from llmq.convert import convert
 from llmq.doctor import diagnose
 from llmq.driver import quantize
+from llmq.grids.vq import VECTORS
 from llmq.recipe import Recipe
 
 MOE: dict[str, Any] = {
@@ -50,7 +51,9 @@ class Ward:
         key = (model, format, bits, sym)
         if key not in self._made:
             folder = self._folder / "-".join(map(str, key))
-            if format in ("gptq", "gptq_v2") and (format == "gptq_v2") != sym:
+            if format in VECTORS:
+                quantize(self.dense(model), folder, Recipe(method="rtn", grid=format, bits=bits))
+            elif format in ("gptq", "gptq_v2") and (format == "gptq_v2") != sym:
                 recipe = Recipe(method="rtn", bits=bits, sym=sym, group_size=32, format=format)
                 quantize(self.dense(model), folder, recipe)
             else:

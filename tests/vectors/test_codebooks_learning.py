@@ -11,6 +11,7 @@ from llmq.vectors.codebooks import (
     centroids,
     first_codebook,
     learn,
+    least_costs,
     nearest_entries,
     vectors_of,
 )
@@ -40,6 +41,7 @@ def test_vectors_take_the_entry_of_least_cost(size: tuple[int, int, int, int], m
     taken = expected.gather(2, codes[:, :, None])[:, :, 0]
     assert (taken <= expected.amin(dim=2) + slack).all()
     torch.testing.assert_close(costs.double(), taken, rtol=1e-4, atol=1e-4)
+    assert torch.equal(least_costs(vectors, book), costs)
 
 
 def test_in_the_plain_metric_that_is_the_nearest_entry() -> None:
