@@ -112,7 +112,9 @@ def _export(packed: PackedCheckpoint, output: Path, format: str) -> Conversion:
     """Write one file, or a folder; see `convert`."""
     for module, spec in packed.specs.items():
         if spec.grid != "uniform":
-            raise SpecError(f"{module}: {format} has equally spaced levels, not those of the {spec.grid} grid")
+            raise SpecError(
+                f"{module}: {format} has equally spaced levels, not those of the {spec.grid} grid; use --dequantize"
+            )
     EXPORTS[format].export(packed, output)
     files = output.iterdir() if output.is_dir() else [output]
     size = sum(file.stat().st_size for file in files)

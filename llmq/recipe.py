@@ -50,18 +50,22 @@ class Recipe(BaseModel):
         "uniform",
         description=f"where levels may lie: {', '.join(ALL_GRIDS)}; all but uniform need format llmq, and take it",
     )
-    bits: int = Field(4, description="bits per weight: 2, 3, 4 or 8")
-    group_size: int = Field(128, description="columns that share a scale; -1 means one scale per output row")
+    bits: int = Field(4, description="bits per weight: 2, 3, 4 or 8; 2 to 8 in format llmq; grids say which they have")
+    group_size: int = Field(
+        128,
+        description="columns that share a scale; -1 means one scale per output row, as codebook and vq2, vq4, vq8 have "
+        "it if nothing is said",
+    )
     sym: bool = Field(True, description="symmetric grid (every engine runs it) or one with zero points (more accurate)")
     sym_range: Literal["full", "gptq", "restricted"] = Field(
         "full", description="what symmetric scales span: full (most accurate), gptq or restricted"
     )
     order: Literal["natural", "act", "group", "pivot"] = Field(
         "act",
-        description="gptq, gptaq: order in which inputs are visited: natural, act (by falling energy), group (act, "
-        "group by group) or pivot; groups stay contiguous",
+        description="order in which gptq and gptaq visit inputs: natural, act (by falling energy), group (act, group "
+        "by group) or pivot; groups stay contiguous",
     )
-    damp_percent: float = Field(0.05, gt=0, le=1, description="gptq: share of the mean Hessian diagonal added to it")
+    damp_percent: float = Field(0.05, gt=0, le=1, description="share of the mean Hessian diagonal that gptq adds to it")
     scale_search: Literal["hessian", "mse", "none"] = Field(
         "hessian",
         description="shrink each group's span as far as that lowers its error: weighted by the Hessian, plain (mse) or "
@@ -69,7 +73,9 @@ class Recipe(BaseModel):
     )
     search_norm: float = Field(2.0, gt=0, le=8, description="power of the error that --scale-search mse sums")
     refine_rounds: int = Field(
-        2, ge=0, description="gptq: rounds of refitting scales and re-deciding codes, each kept only if the loss falls"
+        2,
+        ge=0,
+        description="rounds of refitting scales and re-deciding codes after the solver, each kept if the loss falls",
     )
     rotation: Literal["none", "hadamard", "random"] = Field(
         "none", description="rotate the residual stream and the heads' values, folded into the weights at no cost"
@@ -208,9 +214,12 @@ def make_recipe(fields: dict[str, object]) -> Recipe:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        said = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # of the recipe as a whole: it names the field
+            raise SpecError(f"recipe: {said}") from error
+        where = ".".join(str(part) for part in first["loc"])
         known = f"; fields are {', '.join(Recipe.model_fields)}" if first["type"] == "extra_forbidden" else ""
-        raise SpecError(f"recipe: {where}: {first['msg']} (got {first['input']!r}){known}") from error
+        raise SpecError(f"recipe: {where}: {said} (got {first['input']!r}){known}") from error
 
 
 def read_recipe(path: str | Path) -> dict[str, object]:

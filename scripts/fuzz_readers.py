@@ -1,10 +1,11 @@
-"""Feeds readers damaged folders of every format: each must be read, or refused with a named error, quickly.
+"""Feeds readers damaged folders of every format and grid: each must be read, or refused with a named error, quickly.
 
     python scripts/fuzz_readers.py --cases 100000
 
-A case is a sound tiny folder with one to four random mutations, made from its number alone; `--only N` repeats one.
-Cases run in processes that may take `--memory` MiB of address space more than they start with and `--seconds` each;
-a process that dies is replaced behind the case that killed it. Ends with 1 if there was a crash or a hang.
+A case is a sound tiny folder with one to four of the changes in `mutations.py`, drawn by its number alone; `--only N`
+repeats one. Cases run in processes that may take `--memory` MiB of address space more than they start with and
+`--seconds` each; a process that dies is replaced behind the case that killed it. Ends with 1 if there was a crash or a
+hang.
 """
 
 from __future__ import annotations
@@ -12,11 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import resource
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -26,19 +25,20 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 import torch
+from mutations import SINGLE, Folder, mutated
 
 from llmq.doctor import diagnose
 from llmq.errors import LlmqError
 from llmq.formats import FORMATS
+from llmq.grids import ALL_GRIDS, make_grid
 from llmq.grids.uniform import UniformGrid
+from llmq.grids.vq import MAX_ENTRY, VectorGrid, VectorWeight
 from llmq.packed import PackedCheckpoint
 from llmq.shards import write_tensors
+from llmq.solvers.rtn import rtn
 from llmq.types import QuantizedWeight, QuantSpec
-
-Folder = dict[str, bytes]  # content by file name
 
 _CASES = (
     *(("gptq", bits, True) for bits in (2, 3, 4, 8)),
@@ -48,10 +48,14 @@ _CASES = (
     *(("llmq", bits, sym) for bits in (3, 5, 8) for sym in (True, False)),
     *(("auto-round", 4, True), ("auto-round-v2", 3, False)),
 )
+GRIDS = (
+    *(("codebook", bits, True) for bits in (2, 3, 4)),
+    *(("vq2", 3, True), ("vq4", 2, True), ("vq8", 1, True)),
+    *(("nf4", 4, True), ("mxfp4", 4, True), ("nvfp4", 4, True), ("pwlq", 3, False)),
+)
 _N, _K, _GROUP = 32, 64, 32
 _MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 _INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -64,27 +68,41 @@ _LLAMA = {
 
 
 def sound_folders() -> Iterator[Folder]:
-    """Yield one sound folder per format, bits and symmetry, of one shard and of two."""
+    """Yield one sound folder per format, bits and symmetry, then one per grid, of one shard and of two."""
     generator = torch.Generator().manual_seed(0)
-    for number, (name, bits, symmetric) in enumerate(_CASES):
-        spec = QuantSpec(bits, _GROUP, symmetric, name)
+    specs = [QuantSpec(bits, _GROUP, symmetric, name) for name, bits, symmetric in _CASES]
+    for number, spec in enumerate(specs + [_on_grid(*case) for case in GRIDS]):
         tensors: dict[str, torch.Tensor] = {"model.norm.weight": torch.ones(_K)}
         for module in _MODULES:
-            zeros = torch.full((_N, _K // _GROUP), 2.0 ** (bits - 1))
-            if not symmetric:
-                zeros = torch.randint(0, 2**bits, zeros.shape, generator=generator).float()
-            weight = QuantizedWeight(
-                torch.randint(0, 2**bits, (_N, _K), generator=generator, dtype=torch.uint8),
-                (torch.rand(zeros.shape, generator=generator) + 0.1).half().float(),
-                zeros,
-                UniformGrid(bits, symmetric),
-                _GROUP,
-            )
-            packed = FORMATS[name].pack(weight, spec)
+            packed = FORMATS[spec.format].pack(_weight(spec, generator), spec)
             tensors |= {f"{module}.{local}": tensor for local, tensor in packed.items()}
-        quantization = FORMATS[name].config(dict.fromkeys(_MODULES, spec), ["lm_head"])
+        quantization = FORMATS[spec.format].config(dict.fromkeys(_MODULES, spec), ["lm_head"])
         folder = {"config.json": json.dumps({**_LLAMA, "quantization_config": quantization}).encode()}
-        yield folder | (_two_shards(tensors) if number % 2 else {_SINGLE: _shard(tensors)})
+        yield folder | (_two_shards(tensors) if number % 2 else {SINGLE: _shard(tensors)})
+
+
+def _on_grid(grid: str, bits: int, symmetric: bool) -> QuantSpec:
+    row = ALL_GRIDS[grid]
+    return QuantSpec(bits, row.group_size or _GROUP, symmetric, "llmq", scale_dtype=row.scale_dtype, grid=grid)
+
+
+def _weight(spec: QuantSpec, generator: torch.Generator) -> QuantizedWeight:
+    """Return a random weight: any codes on a uniform grid and on vectors, rounded ones where levels are to fit."""
+    grid, groups = make_grid(spec.grid, spec.bits, spec.symmetric), spec.groups(_K)
+    if not isinstance(grid, UniformGrid | VectorGrid):
+        w = torch.randn(_N, _K, generator=generator)
+        return rtn(w, None, grid.adapted(w), spec.group_size).weight
+    scales = (torch.rand(_N, groups, generator=generator) + 0.1).half().float()
+    if isinstance(grid, VectorGrid):
+        codes = torch.randint(0, grid.entries, (_N, grid.codes_in(_K)), generator=generator, dtype=torch.uint8)
+        book = torch.randint(-MAX_ENTRY, MAX_ENTRY + 1, (grid.entries, grid.columns), generator=generator).float()
+        zeros = torch.zeros_like(scales)
+        return VectorWeight(codes, scales, zeros, grid, spec.group_size, codebook=book, in_features=_K)
+    zeros = torch.full_like(scales, 2.0 ** (spec.bits - 1))
+    if not spec.symmetric:
+        zeros = torch.randint(0, 2**spec.bits, zeros.shape, generator=generator).float()
+    codes = torch.randint(0, 2**spec.bits, (_N, _K), generator=generator, dtype=torch.uint8)
+    return QuantizedWeight(codes, scales, zeros, grid, spec.group_size)
 
 
 def _shard(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -105,126 +123,15 @@ def _two_shards(tensors: dict[str, torch.Tensor]) -> Folder:
     return {_INDEX: json.dumps(index).encode()} | {n: _shard(p) for n, p in zip(names, parts, strict=True)}
 
 
-_ODD: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 3, 5, 7, 9, 32, 64, 2**31, 2**53, 2**63, -(2**63), 2**64, 10**30, 1.5, 1e308),
-    *("", "gptq", "awq", "re:(a+)+$", "re:.*.*.*.*.*.*x", "..", "../x", "/etc/passwd", "\ud800", "\x00", "a" * 5000),
-    *([], {}, [[]], {"": {}}, [0] * 100, ["re:("], {"-:(": {}}, {"+:(a|a)*$": {"bits": 2}}, [2**62, 2**62], [0, 2**62]),
-    *("F16", "I32", "I64", "F4", "BOOL", "C64", "F8_E8M0", "Q4", [1] * 70),
-)  # fmt: skip
-
-
-def _at_random(rng: random.Random, content: Any) -> Any:
-    """Return a JSON value with something in it replaced, removed, doubled or swapped."""
-    places: list[tuple[Any, Any]] = []
-    stack = [content]
-    while stack:
-        here = stack.pop()
-        items = here.items() if isinstance(here, dict) else enumerate(here) if isinstance(here, list) else ()
-        for key, value in items:
-            places.append((here, key))
-            stack.append(value)
-    if not places:
-        return rng.choice(_ODD)
-    here, key = rng.choice(places)
-    action = rng.randrange(6)
-    if action == 0 and isinstance(here, dict):
-        del here[key]
-    elif action == 1 and isinstance(here, dict):
-        here[rng.choice((*here, "x", "", "dynamic", "ignore", "bits", "\ud800"))] = here.pop(key)
-    elif action == 2 and isinstance(here[key], int):
-        here[key] += rng.choice((-8, -1, 1, 8, 2**32, 2**63))
-    elif action == 3:
-        there, other = rng.choice(places)
-        if other in there if isinstance(there, dict) else other < len(there):
-            here[key] = json.loads(json.dumps(there[other]))
-    else:
-        here[key] = rng.choice(_ODD)
-    return content
-
-
-def _changed_json(rng: random.Random, raw: bytes) -> bytes:
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
-        return raw
-    return json.dumps(_at_random(rng, content)).encode()
-
-
-def _changed_header(rng: random.Random, raw: bytes) -> bytes:
-    """Return a shard whose header is other JSON, its length made right or left wrong."""
-    length = int.from_bytes(raw[:8], "little")
-    header = _changed_json(rng, raw[8 : 8 + length])
-    return struct.pack("<Q", len(header)) + header + raw[8 + length :]
-
-
-def _bytes(rng: random.Random, raw: bytes) -> bytes:
-    """Return bytes with some flipped, cut off, taken out, doubled or added; more often at the start."""
-    if not raw:
-        return rng.randbytes(8)
-    at = min(rng.randrange(len(raw)), rng.randrange(len(raw)))
-    action = rng.randrange(7)
-    if action == 0:
-        return raw[:at]
-    if action == 1:
-        return raw[:at] + raw[at + rng.randrange(1, 64) :]
-    if action == 2:
-        return raw[:at] + rng.randbytes(rng.randrange(1, 64)) + raw[at:]
-    if action == 3:
-        return raw[:at] + raw[at : at + 200] * 2 + raw[at + 200 :]
-    if action == 4:
-        return rng.choice((b"\xff" * 8, struct.pack("<Q", 2**63), struct.pack("<Q", rng.randrange(2**40)))) + raw[8:]
-    if action == 5:
-        nested = rng.choice((b"[", b'{"a":', b"[[],")) * rng.choice((10, 2000, 200_000))
-        return struct.pack("<Q", len(nested)) + nested if rng.randrange(2) else nested
-    flipped = bytearray(raw)
-    for _ in range(rng.randrange(1, 8)):
-        flipped[rng.randrange(min(len(raw), at + 64))] ^= 1 << rng.randrange(8)
-    return bytes(flipped)
-
-
-def _renamed(rng: random.Random, folder: Folder) -> None:
-    """Remove, exchange, copy or rename a file."""
-    name = rng.choice(list(folder))
-    other = rng.choice([*folder, "x.safetensors", "model-00003-of-00003.safetensors", _SINGLE, "quantize_config.json"])
-    action = rng.randrange(4)
-    if action == 0:
-        folder.pop(name)
-    elif action == 1 and other in folder:
-        folder[name], folder[other] = folder[other], folder[name]
-    elif action == 2:
-        folder[other] = folder[name]
-    else:
-        folder[other] = folder.pop(name)
-
-
-def mutated(number: int, sound: list[Folder]) -> Folder:
-    """Return the folder of a case, its files changed."""
-    rng = random.Random(number)
-    folder = dict(rng.choice(sound))
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        if not folder:
-            break
-        name = rng.choice(list(folder))
-        if rng.randrange(12) == 0:
-            _renamed(rng, folder)
-        elif rng.randrange(4) == 0:
-            folder[name] = _bytes(rng, folder[name])
-        elif name.endswith(".json"):
-            folder[name] = _changed_json(rng, folder[name])
-        else:
-            folder[name] = _changed_header(rng, folder[name])
-    return folder
-
-
 def read_all(path: Path) -> None:
-    """Read everything in a packed folder.
+    """Read everything in a packed folder, and dequantize it.
 
     Raises:
         LlmqError: it is damaged.
     """
     with PackedCheckpoint(path) as packed:
         for module in packed.layers:
-            packed.take(module)
+            packed.take(module)[0].dequantize()
         for key in packed.dense:
             for _ in packed.pieces(key):
                 pass

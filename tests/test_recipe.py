@@ -59,6 +59,13 @@ def test_every_field_explains_itself() -> None:
     assert all(field.description for field in Recipe.model_fields.values())
 
 
+def test_what_is_wrong_with_a_recipe_is_said_once_and_plainly() -> None:
+    with pytest.raises(SpecError, match=r"^recipe: grid is 'codebok'; llmq has uniform, .*, vq8$"):
+        make_recipe({"grid": "codebok"})
+    with pytest.raises(SpecError, match=r"^recipe: shard_size: 'big' is not a size; .* \(got 'big'\)$"):
+        make_recipe({"shard_size": "big"})
+
+
 def test_recipes_do_not_change() -> None:
     with pytest.raises(ValidationError):
         Recipe().bits = 3

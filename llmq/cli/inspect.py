@@ -44,7 +44,7 @@ class Packed:
     desc_act: bool | None  # None where config.json does not say
     layers: int
     weights: int  # how many numbers the layers stand for
-    bytes: int  # all tensors of the layers: codes, scales, zeros, group indices
+    bytes: int  # all tensors of the layers: codes, scales, zeros, tables, codebooks, group indices
     bits_per_weight: float  # 8 * bytes / weights
 
 
@@ -192,7 +192,7 @@ def _summary(found: Inventory) -> list[tuple[str, object]]:
             ("desc_act", order),
             ("packed layers", packed.layers),
             ("packed bytes", f"{packed.bytes} ({human_bytes(packed.bytes)})"),
-            ("bits per packed weight", f"{packed.bits_per_weight:.3f}, with scales, zeros and indices"),
+            ("bits per packed weight", f"{packed.bits_per_weight:.3f}, all tensors counted"),
         ]
     return [
         *rows,
@@ -202,7 +202,10 @@ def _summary(found: Inventory) -> list[tuple[str, object]]:
 
 
 def _described(kind: Kind) -> str:
-    groups = "one scale per output" if kind.group_size == -1 else f"groups of {kind.group_size}"
+    from llmq.grids import make_grid
+
+    own = "table of levels" if make_grid(kind.grid, kind.bits, kind.sym).learns else "scale"
+    groups = f"one {own} per output" if kind.group_size == -1 else f"groups of {kind.group_size}"
     if kind.grid != "uniform":
         return f"{kind.grid} grid, {groups}, {kind.layers} layers"
     return f"{groups}, {'symmetric' if kind.sym else 'asymmetric'}, {kind.layers} layers"

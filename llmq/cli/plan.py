@@ -122,7 +122,7 @@ def _summary(plan: Plan, source: str) -> list[tuple[str, object]]:
         ("model", plan.model),
         ("to pack", f"{plan.linears} linears in {plan.blocks} blocks, {plan.weights / 1e9:.3g} billion weights"),
         ("size", f"{human_bytes(plan.source_bytes)} to {human_bytes(plan.output_bytes)} ({smaller})"),
-        ("bits per weight", f"{plan.bits_per_weight:.3f}, with scales, zeros and indices"),
+        ("bits per weight", f"{plan.bits_per_weight:.3f}, all tensors counted"),
         ("calibration", f"{plan.windows} windows, {plan.tokens} tokens, with random ones and those held out"),
         ("disk", f"{human_bytes(sum(plan.disk.values()))}: {disk}"),
         ("memory", _totals(plan)),

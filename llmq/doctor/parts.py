@@ -154,12 +154,11 @@ def engines(patient: Patient) -> Iterator[Finding]:
     model = _known(patient)
     dense = frozenset(model.linears - set(model.packed) - {model.head}) if model else frozenset()
     dense = frozenset(name for name in dense if re.search(r"\.\d+\.", name))
+    advice = "use another engine or format" if spec.grid == "uniform" else "use llmq, or llmq convert --dequantize"
     result = Result(spec, shapes, dense, model.text_only if model else True, model.head_width if model else 1)
     for verdict in verdicts(result):
         if not verdict.accepted:
-            yield Finding(
-                "engine-refuses", NOTE, (verdict.engine,), "; ".join(verdict.clashes), "use another engine or format"
-            )
+            yield Finding("engine-refuses", NOTE, (verdict.engine,), "; ".join(verdict.clashes), advice)
         clashes = {ranks: clash for ranks, clash in verdict.ranks.items() if clash}
         if clashes:
             ranks, clash = next(iter(clashes.items()))

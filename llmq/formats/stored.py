@@ -100,7 +100,7 @@ def described(spec: QuantSpec, out_features: int, in_features: int) -> str:
 
 def needs_uniform(spec: QuantSpec) -> str:
     """Return why a format that knows the uniform grid only cannot hold a layer on another one."""
-    return f"the {spec.format} format has no {spec.grid} grid; use --format llmq"
+    return f"the {spec.format} format has no {spec.grid} grid; use --format llmq, or llmq convert --dequantize"
 
 
 def stored_scales(weight: QuantizedWeight, spec: QuantSpec) -> Tensor:

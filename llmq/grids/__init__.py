@@ -86,5 +86,5 @@ def make_grid(name: str, bits: int, symmetric: bool) -> Grid:
     if bits not in row.bits:
         raise SpecError(f"{name} grid: bits is {bits}; use {', '.join(map(str, row.bits))}")
     if symmetric not in row.symmetric:
-        raise SpecError(f"{name} grid: use {'--asym' if symmetric else '--sym'}")
+        raise SpecError(f"{name} grid: {'has zeros; use --asym' if symmetric else 'has no zeros; use --sym'}")
     return row.make(bits, symmetric)

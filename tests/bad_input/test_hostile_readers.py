@@ -19,6 +19,7 @@ from llmq.formats.naming import compiled, matches
 from llmq.packed import PackedCheckpoint
 from llmq.preflight import model_config
 
+load_script("mutations")  # which the next one imports
 fuzz = load_script("fuzz_readers")
 SHARD, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 LONG = 5.0  # seconds of this process that no reader takes for any of these; they take a hundredth
@@ -335,6 +336,13 @@ def test_a_thousand_mutations(sound: list[dict[str, bytes]], tmp_path: Path) -> 
 def test_fifty_mutations_for_the_doctor(sound: list[dict[str, bytes]], tmp_path: Path) -> None:
     found = [fuzz.outcome(number, sound, tmp_path / "case") for number in range(50)]
     assert {number: seen for number, seen in enumerate(found) if seen not in ("read", "refused")} == {}
+
+
+def test_a_thousand_mutations_of_folders_on_grids(sound: list[dict[str, bytes]], tmp_path: Path) -> None:
+    on_grids = sound[-len(fuzz.GRIDS) :]
+    found = [fuzz.outcome(number, on_grids, tmp_path / "case", doctor=False) for number in range(1000)]
+    assert {number: seen for number, seen in enumerate(found) if seen not in ("read", "refused")} == {}
+    assert 50 < found.count("read") < 500
 
 
 def test_sound_folders_are_sound(sound: list[dict[str, bytes]], tmp_path: Path) -> None:

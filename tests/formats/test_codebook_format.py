@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import llmq as llmq_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ import llmq
 from llmq.calibration import Calibration
 from llmq.cli.inspect import take_inventory
 from llmq.convert import convert
+from llmq.doctor import diagnose
 from llmq.driver import quantize
 from llmq.errors import CheckpointError, SpecError
 from llmq.formats import FORMATS, streams
@@ -126,8 +128,14 @@ def test_a_folder_is_made_read_saved_converted_and_counted(tmp_path: Path) -> No
     content = load_file(tmp_path / "plain/model.safetensors")
     name = "model.layers.0.mlp.down_proj"
     assert torch.equal(content[f"{name}.weight"].float(), packed.weight(name).dequantize())
-    with pytest.raises(SpecError, match="use --format llmq"):
+    with pytest.raises(SpecError, match="use --format llmq, or llmq convert --dequantize"):
         convert(packed.path, tmp_path / "gptq", "gptq")
+    with pytest.raises(SpecError, match="not those of the codebook grid; use --dequantize"):
+        convert(packed.path, tmp_path / "x.gguf", "gguf")
+    shown = " ".join(llmq_command("inspect", packed.path).stdout.split())
+    assert "3 bits codebook grid, one table of levels per output, 7 layers" in shown
+    advice = {finding.advice for finding in diagnose(packed.path) if finding.name == "engine-refuses"}
+    assert advice == {"use llmq, or llmq convert --dequantize"}
     kinds = take_inventory(str(packed.path)).packed
     assert kinds is not None
     shapes = [layer.shape for layer in packed.layers.values()]
