@@ -68,7 +68,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "severity", "local", "change"), CASES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("name", "severity", "local", "change"), CASES)
 def test_a_planted_defect_of_vectors_is_found(
     name: str, severity: str, local: str, change: Callable[[Tensor], Tensor], ward: Ward, tmp_path: Path
 ) -> None:
