@@ -81,6 +81,13 @@ class Report:
     bytes_per_weight: float
     faults: list[str] = field(default_factory=list)
 
+    def expect(self, mma: str | None) -> None:
+        """Add to the faults what keeps it from streaming weights; `mma` begins the tensor core instruction of tiles."""
+        if mma is not None and not self.mma.startswith(mma):
+            self.faults.append(f"tensor core instruction {self.mma}, not {mma}")
+        if not self.wide_copies:
+            self.faults.append("no load of 64 or 128 bits")
+
 
 def compile_kernel(source: Source, arch: int) -> Report:
     """Return what `source` compiles to for sm_`arch`, with what disqualifies any kernel among its faults."""

@@ -195,10 +195,7 @@ def compile_job(job: Job) -> Report:
     if isinstance(job, Quantizing):
         return sass_quantizing.compile_job(job)
     report = compile_kernel(source(job), job.arch)
-    if job.row[0] in "#e" and not report.mma.startswith(ARCHITECTURES[job.arch].mma):
-        report.faults.append(f"tensor core instruction {report.mma}, not {ARCHITECTURES[job.arch].mma}")
-    if not report.wide_copies:
-        report.faults.append("no load of 64 or 128 bits")
+    report.expect(ARCHITECTURES[job.arch].mma if job.row[0] in "#e" else None)
     return report
 
 

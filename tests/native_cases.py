@@ -24,6 +24,21 @@ def _lacking() -> str | None:
 
 
 needs_compiler = pytest.mark.skipif(_lacking() is not None, reason=f"no native kernels: {_lacking()}")
+# Of scripts that show where a kernel reads or writes: `at_the_end` copies a tensor to where memory ends, and what goes
+# beyond kills the process.
+AT_THE_END = """
+import ctypes, mmap, torch
+page, kept = mmap.PAGESIZE, []
+
+def at_the_end(tensor):
+    room = mmap.mmap(-1, 64 * page)
+    kept.append(room)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + 63 * page), page, 0) == 0
+    start = 63 * page - tensor.nbytes
+    found = torch.frombuffer(room, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+    return found.copy_(tensor)
+"""
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from llmq.doctor.findings import ERROR, WARNING, Finding
+from llmq.doctor.findings import ERROR, WARNING, Finding, of_all
 from llmq.doctor.measures import Measures
 from llmq.doctor.patient import Layer, Patient
 from llmq.formats import auto_round
@@ -83,8 +83,7 @@ def _found(
     name: str, severity: str, layers: Sequence[tuple[Layer, _T]], says: Callable[[_T], str], advice: str
 ) -> Iterator[Finding]:
     """Report `layers`, if there are any, in the words of the first one's number."""
-    if layers:
-        yield Finding(name, severity, tuple(layer.module for layer, _ in layers), says(layers[0][1]), advice)
+    return of_all(name, severity, [(layer.module, says(seen)) for layer, seen in layers], advice)
 
 
 def _ends_allowed(layer: Layer) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,3 +35,9 @@ class Finding:
         place = f" {self.where[0]}{more}:" if self.where else ""
         fix = " (--fix does it)" if self.repair is not None else ""
         return f"{self.severity}: {self.name}:{place} {self.seen}; {self.advice}{fix}"
+
+
+def of_all(name: str, severity: str, found: Sequence[tuple[str, str]], advice: str) -> Iterator[Finding]:
+    """Report all places that were `found`, if there are any, with what was seen at the first."""
+    if found:
+        yield Finding(name, severity, tuple(place for place, _ in found), found[0][1], advice)

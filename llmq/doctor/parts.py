@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from llmq.doctor.anatomy import Anatomy
-from llmq.doctor.findings import ERROR, NOTE, WARNING, Finding
+from llmq.doctor.findings import ERROR, NOTE, WARNING, Finding, of_all
 from llmq.doctor.patient import Patient
 from llmq.engines import Result, verdicts
 from llmq.errors import LlmqError
@@ -69,11 +69,8 @@ def other_size(patient: Patient) -> Iterator[Finding]:
         size = layer.stored.out_features, layer.stored.in_features
         if size != model.sizes[name]:
             found.append((module, f"shape says {list(size)}, the model has {list(model.sizes[name])}"))
-    if found:
-        yield Finding(
-            "layer-of-other-size", ERROR, tuple(module for module, _ in found), found[0][1],
-            "the layer is of another model, or damaged: download or quantize it again",
-        )  # fmt: skip
+    advice = "the layer is of another model, or damaged: download or quantize it again"
+    yield from of_all("layer-of-other-size", ERROR, found, advice)
 
 
 def dense_inside(patient: Patient) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from llmq.doctor.findings import ERROR, NOTE, WARNING, Finding, Repair
+from llmq.doctor.findings import ERROR, NOTE, WARNING, Finding, Repair, of_all
 from llmq.doctor.patient import Patient
 from llmq.errors import LlmqError
 
@@ -64,5 +64,4 @@ def values(patient: Patient) -> Iterator[Finding]:
         ("scales-negative", NOTE, negative, "llmq, AutoRound and llama.cpp write such; not every engine expects it"),
     )  # fmt: skip
     for kind, severity, found, advice in kinds:
-        if found:
-            yield Finding(kind, severity, tuple(module for module, _ in found), found[0][1], advice)
+        yield from of_all(kind, severity, found, advice)

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
-from llmq.doctor.findings import ERROR, WARNING, Finding
+from llmq.doctor.findings import ERROR, WARNING, Finding, of_all
 from llmq.doctor.patient import Layer, Patient
-from llmq.formats import bits as bitstream
-from llmq.formats.llmq_layout import words
+from llmq.formats.llmq_layout import codes_of
 from llmq.grids.vq import MAX_ENTRY, VECTORS, vector_grid
 
 _PIECE = 2**22  # bytes of codes that are looked at together
@@ -32,8 +29,7 @@ def codebooks(patient: Patient) -> Iterator[Finding]:
         ("codebook-zero", WARNING, empty, "its weights are 0 whatever the codes; compare with the original"),
     )  # fmt: skip
     for kind, severity, found, advice in kinds:
-        if found:
-            yield Finding(kind, severity, tuple(module for module, _ in found), found[0][1], advice)
+        yield from of_all(kind, severity, found, advice)
 
 
 def one_entry(patient: Patient) -> Iterator[Finding]:
@@ -43,11 +39,8 @@ def one_entry(patient: Patient) -> Iterator[Finding]:
         named = _the_only_code(patient, layer)
         if named is not None:
             found.append((layer.module, f"every code is {named}; the other entries of its codebook are not used"))
-    if found:
-        yield Finding(
-            "codes-of-one-entry", WARNING, tuple(module for module, _ in found), found[0][1],
-            "the codes were not written, or the weights are all alike; quantize these layers again",
-        )  # fmt: skip
+    advice = "the codes were not written, or the weights are all alike; quantize these layers again"
+    yield from of_all("codes-of-one-entry", WARNING, found, advice)
 
 
 def _layers(patient: Patient) -> Iterator[Layer]:
@@ -66,15 +59,9 @@ def _the_only_code(patient: Patient, layer: Layer) -> int | None:
     _, row = layer.header["codes"][0]
     step, first = max(1, _PIECE // row), None
     for start in range(0, n, step):
-        codes = _codes(
-            patient.read(f"{layer.module}.codes", slice(start, start + step)), grid.code_bits, grid.codes_in(k)
-        )
+        stored = patient.read(f"{layer.module}.codes", slice(start, start + step))
+        codes = codes_of(stored, grid.code_bits, grid.codes_in(k))
         first = int(codes[0, 0]) if first is None else first
         if bool((codes != first).any()):
             return None
     return first
-
-
-def _codes(stored: Tensor, bits: int, count: int) -> Tensor:
-    """Return uint8 codes [R, P] of stored rows [R, B]."""
-    return bitstream.unpack(words(stored), bits, count)

@@ -174,7 +174,7 @@ def unpack(tensors: Mapping[str, Tensor], spec: QuantSpec) -> QuantizedWeight:
             f"zeros are {float(zeros.min()):g} to {float(zeros.max()):g}; {spec.grid} codes of {spec.bits} bits "
             f"have {lowest} to {highest}"
         )
-    codes = _codes(tensors["codes"], spec.bits, k)
+    codes = codes_of(tensors["codes"], spec.bits, k)
     return QuantizedWeight(codes, scales, zeros, grid, group_columns(spec, k), levels)
 
 
@@ -207,6 +207,11 @@ def words(codes: Tensor) -> Tensor:
     if rest or codes.storage_offset() % _WORD_BYTES or codes.data_ptr() % _WORD_BYTES:  # bytes of a file lie anywhere
         codes = pad(codes, (0, rest))
     return codes.view(torch.int32)
+
+
+def codes_of(stored: Tensor, bits: int, count: int) -> Tensor:
+    """Return the `count` codes in each of the `stored` rows [R, B], uint8 [R, count]."""
+    return bitstream.unpack(words(stored), bits, count)
 
 
 def config(specs: Mapping[str, QuantSpec], dense: Sequence[str]) -> dict[str, object]:
@@ -360,8 +365,3 @@ def _zero_dtype(spec: QuantSpec) -> torch.dtype:
 
 def _row_bytes(in_features: int, bits: int) -> int:
     return -(-in_features * bits // 8)
-
-
-def _codes(stored: Tensor, bits: int, in_features: int) -> Tensor:
-    """Return uint8 codes [R, K] of stored rows [R, B]."""
-    return bitstream.unpack(words(stored), bits, in_features)

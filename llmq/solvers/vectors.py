@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llmq.errors import SolverError, SpecError
+from llmq.grids.scales import check_finite
 from llmq.grids.vq import VectorGrid, VectorWeight, whole_vectors
-from llmq.hessian import all_finite, damped, factorize, symmetric
+from llmq.hessian import damped, factorize, symmetric
 from llmq.recipe import Recipe
 from llmq.report import DESCENDED, ROUNDED
 from llmq.solvers import SOLVERS, Solver
@@ -136,8 +137,7 @@ def _passes(q: VectorWeight, w: Tensor, h: Tensor) -> VectorWeight:
 
 def _finite(w: Tensor) -> Tensor:
     """Return `w` in float32 if it has no NaN or infinity."""
-    if not all_finite(w):
-        raise SolverError("the weight has NaN or infinity; repair it or leave the layer out with --ignore")
+    check_finite(w)
     return w.float()
 
 

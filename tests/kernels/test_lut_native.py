@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lut_cases import KINDS, Lut, random_lut
-from native_cases import Packed, assert_product, needs_compiler
+from native_cases import AT_THE_END, Packed, assert_product, needs_compiler
 from torch import Tensor
 
 from llmq_kernels import naive, native
@@ -133,19 +133,10 @@ def test_every_level_means_what_it_does_to_pytorch(value: float, bits: int, dtyp
     assert torch.equal(found.signbit()[wanted == 0], wanted.signbit()[wanted == 0])
 
 
-GUARDED = """
-import ctypes, mmap, torch
+GUARDED = (
+    AT_THE_END
+    + """
 from llmq_kernels import native
-page, kept = mmap.PAGESIZE, []
-
-def at_the_end(tensor):
-    room = mmap.mmap(-1, 64 * page)
-    kept.append(room)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + 63 * page), page, 0) == 0
-    start = 63 * page - tensor.nbytes
-    found = torch.frombuffer(room, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
-    return found.copy_(tensor)
 
 for bits in (1, 2, 3, 4, 6, 8):
     for k, group in ((4, 4), (33, 33), (70, 32), (41, 8), (48, 16)):
@@ -163,6 +154,7 @@ for bits in (1, 2, 3, 4, 6, 8):
                         native.matmul(at_the_end(torch.ones(m, k, dtype=x)), weight, None, bits, group)
 print("done")
 """
+)
 
 
 def test_nothing_is_read_or_written_behind_the_end_of_a_tensor() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_cases import Packed, assert_product, needs_compiler, random_packed
+from native_cases import AT_THE_END, Packed, assert_product, needs_compiler, random_packed
 from torch import Tensor
 
 from llmq_kernels import naive, native
@@ -139,19 +139,10 @@ def test_a_missing_weight_is_missing_in_bfloat16() -> None:
     assert found[0].isnan().tolist() == [True] * 8 + [False] * 8
 
 
-GUARDED = """
-import ctypes, mmap, torch
+GUARDED = (
+    AT_THE_END
+    + """
 from llmq_kernels import native
-page, kept = mmap.PAGESIZE, []
-
-def at_the_end(tensor):
-    room = mmap.mmap(-1, 8 * page)
-    kept.append(room)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + 7 * page), page, 0) == 0
-    start = 7 * page - tensor.nbytes
-    found = torch.frombuffer(room, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
-    return found.copy_(tensor)
 
 for bits in (3, 4, 8):
     for k, group in ((4, 4), (33, 33), (70, 32), (100, 24), (41, 8), (9, 9)):
@@ -164,6 +155,7 @@ for bits in (3, 4, 8):
             native.dequantize(weight, k, bits, group, (0, n), at_the_end(torch.ones(n, k, dtype=dtype)))
 print("done")
 """
+)
 
 
 def test_nothing_is_read_or_written_behind_the_end_of_a_tensor() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_cases import SCALE_DTYPES, Packed, assert_product, needs_compiler
+from native_cases import AT_THE_END, SCALE_DTYPES, Packed, assert_product, needs_compiler
 from torch import Tensor
 
 from llmq import ops
@@ -188,22 +188,14 @@ def test_threads_change_nothing(group_size: int, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(*found)
 
 
-GUARDED = """
-import ctypes, mmap, sys, torch
+GUARDED = (
+    AT_THE_END
+    + """
+import sys
 from llmq_kernels.native import vectors
-page, kept = mmap.PAGESIZE, []
 if sys.argv[1:]:
     lesser = vectors.load(tuple(sys.argv[1:]))
     vectors._library = lambda: lesser
-
-def at_the_end(tensor):
-    room = mmap.mmap(-1, 8 * page)
-    kept.append(room)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + 7 * page), page, 0) == 0
-    start = 7 * page - tensor.nbytes
-    found = torch.frombuffer(room, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
-    return found.copy_(tensor)
 
 for d, bits in ((2, 2), (2, 6), (2, 8), (4, 4), (4, 8), (8, 8)):
     book = at_the_end(torch.ones(2**bits, d, dtype=torch.int8))
@@ -215,6 +207,7 @@ for d, bits in ((2, 2), (2, 6), (2, 8), (4, 4), (4, 8), (8, 8)):
                 vectors.matmul(at_the_end(torch.ones(m, k, dtype=dtype)), words, scales, book, bias, group)
 print("done")
 """
+)
 
 
 @pytest.mark.parametrize("options", [(), PATHS["plain C"]], ids=["native", "plain C"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_cases import needs_compiler
+from native_cases import AT_THE_END, needs_compiler
 from torch import Tensor
 
 from llmq_kernels import naive
@@ -183,19 +183,10 @@ def test_unpack_undoes_pack() -> None:
         assert torch.equal(found[1], scales)
 
 
-GUARDED = """
-import ctypes, mmap, torch
+GUARDED = (
+    AT_THE_END
+    + """
 from llmq_kernels.native import w8a8
-page, kept = mmap.PAGESIZE, []
-
-def at_the_end(tensor):
-    room = mmap.mmap(-1, 8 * page)
-    kept.append(room)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + 7 * page), page, 0) == 0
-    start = 7 * page - tensor.nbytes
-    found = torch.frombuffer(room, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
-    return found.copy_(tensor)
 
 for k in (1, 4, 63, 64, 65, 100, 128):
     words, scales = w8a8.pack(torch.ones(6, k, dtype=torch.int8), torch.ones(6))
@@ -205,6 +196,7 @@ for k in (1, 4, 63, 64, 65, 100, 128):
             w8a8.matmul(at_the_end(torch.ones(m, k, dtype=dtype)), *weight, at_the_end(torch.ones(6)))
 print("done")
 """
+)
 
 
 def test_nothing_is_read_behind_the_end_of_a_tensor() -> None:
